@@ -1,0 +1,346 @@
+"""A self-contained model: a folder with everything that is needed to give the same answer elsewhere.
+
+    config.json         which network, its shape, classes, name, version, where it came from
+    model.safetensors   its weights, float16
+    preprocess.json     crop and size
+    labels.yaml         taxonomy of the classes
+    calibration.json    trials, weights, conformal and anomaly scores of every budget
+    card.md, LICENSE, data_license.txt
+    test_vectors.npz    inputs with the errors they must give
+    checksums.json      sha256 of all of the above
+
+No code and no pickles. A changed byte is refused. This is the one place that knows every network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cytodiffusion.classify.anomaly import AnomalyModel
+from cytodiffusion.classify.calibrate import PrefixPosterior
+from cytodiffusion.classify.classifier import Budget, Classifier, PrefixReader, RaceReader, Reading
+from cytodiffusion.classify.draws import Draws, Trial, standard_normal
+from cytodiffusion.classify.evidence import squared_errors
+from cytodiffusion.classify.race import PaperRace, paper_draws
+from cytodiffusion.data.images import Preprocess, decode, to_tensor
+from cytodiffusion.data.taxonomy import Taxonomy
+from cytodiffusion.data.transforms import POSES
+from cytodiffusion.diffusion.precondition import EDMDenoiser
+from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
+from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
+from cytodiffusion.types import Classes
+
+FORMAT = 1
+ZOO = Path(__file__).parent / "zoo"
+DEFAULT_MODEL = "pbc8"
+VECTOR_SIGMAS = (0.1, 0.5, 2.0)
+TOLERANCE = 2e-3  # relative difference allowed between two machines' errors
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded bundle: names image files."""
+
+    name: str
+    folder: Path
+    classifier: Classifier
+    denoiser: EDMDenoiser
+    preprocess: Preprocess
+    taxonomy: Taxonomy
+    config: dict[str, Any]
+
+    @property
+    def classes(self) -> Classes:
+        """Classes in the order of the columns."""
+        return self.classifier.classes
+
+    def prepare(
+        self, data: bytes, crop: float | None = None
+    ) -> tuple[Float[Tensor, "c h w"], str]:
+        """An image file's bytes -> the network's input and the file's sha256.
+
+        `crop` overrides the bundle's centre crop (1.0 takes the whole image). Raises UnreadableImage.
+        """
+        preprocess = self.preprocess.model_copy(update={"crop": crop}) if crop else self.preprocess
+        pixels = preprocess.canvas(decode(data))
+        return to_tensor(pixels), hashlib.sha256(data).hexdigest()
+
+    def read(
+        self, paths: Iterable[str | Path], budget: str = "balanced", crop: float | None = None
+    ) -> Reading:
+        """Everything that is said of these image files. Raises UnreadableImage."""
+        prepared = [self.prepare(Path(path).read_bytes(), crop) for path in paths]
+        images = torch.stack([image for image, _ in prepared])
+        table = self.classifier.measure(images, [sha for _, sha in prepared], budget)
+        return self.classifier.read(table, budget)
+
+    def predict(self, paths: Iterable[str | Path], budget: str = "balanced") -> list[str]:
+        """Names of the cells in these image files."""
+        return [answer.predicted for answer in self.read(paths, budget).answers()]
+
+
+# --- calibration <-> JSON ------------------------------------------------------------------------
+
+
+def _numbers(array: np.ndarray) -> Any:
+    """Nested lists with seven significant digits."""
+    return np.vectorize(lambda x: float(f"{x:.7g}"), otypes=[float])(array).tolist()
+
+
+def calibration_to_json(budgets: dict[str, Budget]) -> dict[str, Any]:
+    """Budgets as plain data."""
+    return {name: _budget_to_json(budget) for name, budget in budgets.items()}
+
+
+def _budget_to_json(budget: Budget) -> dict[str, Any]:
+    common = {"seed": budget.draws.seed, "conformal": _numbers(budget.conformal)}
+    reader = budget.reader
+    if isinstance(reader, RaceReader):
+        race = budget.policy
+        assert isinstance(race, PaperRace)
+        return common | {
+            "kind": "race",
+            "most": len(budget.draws),
+            "least": race.least,
+            "every": race.every,
+            "alpha": race.alpha,
+            "temperature": reader.temperature,
+            "anomaly_scores": _numbers(reader.scores),
+        }
+    assert isinstance(reader, PrefixReader)
+    posterior, anomaly = reader.posterior, reader.anomalies
+    return common | {
+        "kind": "prefix",
+        "frozen": budget.draws.frozen,
+        "trials": [[t.sigma, t.draw, t.sign, t.pose] for t in budget.draws.trials],
+        "scale": _numbers(posterior.scale),
+        "weight": _numbers(posterior.weight),
+        "bias": _numbers(posterior.bias),
+        "anomaly": {
+            "means": _numbers(anomaly.means),
+            "precision": _numbers(anomaly.precision),
+            "units": _numbers(anomaly.units),
+            "scores": _numbers(anomaly.scores),
+        },
+    }
+
+
+def calibration_from_json(data: dict[str, Any]) -> dict[str, Budget]:
+    """The inverse of `calibration_to_json`."""
+    return {name: _budget_from_json(values) for name, values in data.items()}
+
+
+def _budget_from_json(values: dict[str, Any]) -> Budget:
+    conformal = np.array(values["conformal"])
+    if values["kind"] == "race":
+        draws = paper_draws(values["most"], values["seed"])
+        race = PaperRace(draws, values["least"], values["every"], values["alpha"])
+        scores = np.array(values["anomaly_scores"])
+        return Budget(
+            draws, RaceReader(draws.sigmas, values["temperature"], scores), conformal, race
+        )
+    trials = tuple(Trial(*trial) for trial in values["trials"])
+    posterior = PrefixPosterior(*(np.array(values[key]) for key in ("scale", "weight", "bias")))
+    parts = values["anomaly"]
+    anomaly = AnomalyModel(*(np.array(parts[k]) for k in ("means", "precision", "units", "scores")))
+    draws = Draws(trials, values["seed"], values["frozen"])
+    return Budget(draws, PrefixReader(posterior, anomaly), conformal)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle is made of."""
+
+    name: str
+    denoiser: EDMDenoiser
+    classes: Classes
+    preprocess: Preprocess
+    budgets: dict[str, Budget]
+    taxonomy: Taxonomy
+    card: str
+    license: str
+    data_license: str
+    origin: dict[str, Any]  # recipe, commit, seed, data: what the card states, for machines
+
+
+def save_bundle(folder: Path, parts: Parts) -> None:
+    """Write a bundle, whole or not at all. Raises OutputError."""
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write(part, parts)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OutputError(
+            f"The bundle cannot be written to {folder} ({error.strerror or error}). Free some space "
+            "or choose another folder."
+        ) from error
+
+
+def _write(folder: Path, parts: Parts) -> None:
+    half = {
+        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in parts.denoiser.network.state_dict().items()
+    }
+    save_file(half, folder / "model.safetensors")
+    network = parts.denoiser.network
+    assert isinstance(network, CompactNetwork)
+    config = {
+        "format": FORMAT,
+        "name": parts.name,
+        "network": "compact",
+        "settings": network.settings.model_dump(mode="json"),
+        "sigma_data": parts.denoiser.sigma_data,
+        "classes": list(parts.classes),
+        "origin": parts.origin,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "preprocess.json").write_text(parts.preprocess.model_dump_json(indent=1) + "\n")
+    calibration = json.dumps(calibration_to_json(parts.budgets), separators=(",", ":"))
+    (folder / "calibration.json").write_text(calibration + "\n")
+    (folder / "labels.yaml").write_text(parts.taxonomy.dump())
+    (folder / "card.md").write_text(parts.card)
+    (folder / "LICENSE").write_text(parts.license)
+    (folder / "data_license.txt").write_text(parts.data_license)
+    denoiser = _denoiser(config, half)
+    _write_vectors(folder / "test_vectors.npz", denoiser, parts.preprocess.size, parts.classes)
+    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / "checksums.json").write_text(json.dumps(checksums, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _vector_errors(
+    denoiser: EDMDenoiser, pixels: np.ndarray, columns: int
+) -> Float[np.ndarray, "n t k"]:
+    """Errors of a few images at a few noise levels, with fixed noise."""
+    images = to_tensor(pixels)
+    noise = standard_normal(tuple(images.shape), 0, "test vectors", 0)
+    labels = torch.arange(columns).expand(len(images), -1)
+    with torch.inference_mode():
+        found = [squared_errors(denoiser, images, noise, s, labels) for s in VECTOR_SIGMAS]
+    return torch.stack(found, dim=1).numpy()
+
+
+def _write_vectors(path: Path, denoiser: EDMDenoiser, size: int, classes: Classes) -> None:
+    """Discs of several colours on a pale ground: shapes of no one's cells."""
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    discs = [np.hypot(x, y) < radius for radius in (0.2, 0.3, 0.4)]
+    colours = np.array([[120, 60, 150], [160, 120, 180], [90, 40, 110]])
+    pixels = np.stack([np.where(d, c[:, None, None], 220) for d, c in zip(discs, colours, strict=True)])
+    pixels = pixels.astype(np.uint8)
+    np.savez(path, pixels=pixels, errors=_vector_errors(denoiser, pixels, len(classes) + 1))
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def find_bundle(model: str | Path) -> Path:
+    """Folder of a bundle, or of a shipped model by name. Raises ModelError naming what there is."""
+    for folder in (Path(model), ZOO / str(model)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ModelError(
+        f"There is no model '{model}': it is neither a bundle folder (one with config.json) nor a "
+        f"shipped model. Shipped: {', '.join(shipped()) or 'none'}."
+    )
+
+
+def shipped() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in ZOO.glob("*/config.json"))
+
+
+def check_files(folder: Path) -> None:
+    """Raises ChangedBundle if a file is missing, changed, or not listed."""
+    try:
+        listed: dict[str, str] = json.loads((folder / "checksums.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ChangedBundle(
+            f"{folder} has no readable checksums.json, so it cannot be trusted. Copy the bundle again."
+        ) from error
+    present = {path.name for path in folder.iterdir()} - {"checksums.json"}
+    for name in sorted(listed.keys() | present):
+        if name not in present:
+            problem = "is missing"
+        elif name not in listed:
+            problem = "does not belong to it"
+        elif _sha256(folder / name) != listed[name]:
+            problem = "is not the file that was released"
+        else:
+            continue
+        raise ChangedBundle(f"{folder}: {name} {problem}. Copy the whole bundle again.")
+
+
+def _denoiser(config: dict[str, Any], weights: dict[str, Tensor]) -> EDMDenoiser:
+    network = CompactNetwork(CompactSettings.model_validate(config["settings"]))
+    network.load_state_dict({name: value.float() for name, value in weights.items()})
+    return EDMDenoiser(network, config["sigma_data"]).eval().requires_grad_(False)
+
+
+def load(model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") -> Model:
+    """Load a bundle folder, or a shipped model by name.
+
+    Raises ModelError when there is none, ChangedBundle when a file is not as it was released.
+    """
+    folder = find_bundle(model)
+    check_files(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("format") != FORMAT or config.get("network") != "compact":
+        raise ModelError(
+            f"{folder} has format {config.get('format')} and network '{config.get('network')}'; "
+            f"this version reads format {FORMAT} with 'compact'. Install a newer cytodiffusion."
+        )
+    denoiser = _denoiser(config, load_file(folder / "model.safetensors")).to(device)
+    calibration = json.loads((folder / "calibration.json").read_text())
+    classifier = Classifier(
+        denoiser,
+        Classes(tuple(config["classes"])),
+        calibration_from_json(calibration),
+        POSES,
+        together=config["settings"]["form"] == "heads",
+        name=config["name"],
+        device=device,
+    )
+    preprocess = Preprocess.model_validate_json((folder / "preprocess.json").read_text())
+    taxonomy = Taxonomy.load(folder / "labels.yaml")
+    return Model(config["name"], folder, classifier, denoiser, preprocess, taxonomy, config)
+
+
+def verify(model: str | Path) -> float:
+    """Recompute the test vectors; returns the largest relative difference found.
+
+    Raises ChangedBundle for a changed file, ModelError where the difference is over TOLERANCE.
+    """
+    loaded = load(model)
+    with np.load(loaded.folder / "test_vectors.npz", allow_pickle=False) as vectors:
+        pixels, wanted = vectors["pixels"], vectors["errors"]
+    found = _vector_errors(loaded.denoiser, pixels, len(loaded.classes) + 1)
+    worst = float(np.abs(found / wanted - 1).max())
+    if worst > TOLERANCE:
+        raise ModelError(
+            f"{loaded.folder} does not give its test vectors here: errors differ by {worst:.2g} of "
+            f"their value ({TOLERANCE:.2g} allowed). Try `cytodiffusion doctor`."
+        )
+    return worst

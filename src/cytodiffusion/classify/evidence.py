@@ -1,0 +1,111 @@
+"""How well does each class explain this cell?
+
+Add noise to the image, ask the denoiser to take it away once for every class, and see which class
+leaves the smallest error. All classes are shown the *same* noisy image, so whatever they find
+equally hard cancels when two of them are compared.
+
+Divided by sigma^3 and integrated over noise levels, that error is the log-likelihood of the image
+under the class, up to a constant that does not depend on the class:
+
+    log p(x | k)  =  constant  -  integral of E||D_k(x + sigma eps, sigma) - x||^2 sigma^-3 d sigma
+
+For Gaussian classes both sides are known exactly; tests/test_evidence.py checks that they agree.
+
+Source: Kong, Brekelmans and Ver Steeg 2023, Information-Theoretic Diffusion, arXiv 2302.03792.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cytodiffusion.classify.draws import Draws
+from cytodiffusion.types import Denoiser
+
+Pose = Callable[[Tensor], Tensor]
+Policy = Callable[[Float[np.ndarray, "n t k"]], Bool[np.ndarray, "n k"]]
+
+
+def squared_errors(
+    denoiser: Denoiser, clean: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"],
+    sigma: float, labels: Tensor,
+) -> Float[Tensor, "n k"]:  # fmt: skip
+    """Mean squared error of the guess for each label, in squared image units."""
+    levels = torch.full((len(clean),), sigma, device=clean.device)
+    guesses = denoiser(clean + sigma * noise, levels, labels)
+    return (guesses - clean[:, None]).square().mean((2, 3, 4))
+
+
+@torch.inference_mode()
+def measure(
+    denoiser: Denoiser,
+    images: Float[Tensor, "n c h w"],
+    digests: list[str],
+    draws: Draws,
+    columns: int,
+    *,
+    poses: tuple[Pose, ...],
+    policy: Policy | None = None,
+    together: bool = True,
+    batch: int = 64,
+) -> Float[np.ndarray, "n t k"]:
+    """Errors of every image in every trial, for `columns` labels: the classes, then "any cell".
+
+    After each trial `policy` is shown the errors so far (the classes only) and says which classes
+    are still in; what has left is not computed again and stays NaN. An image with one class left is
+    done. `together` says that all labels come from one pass, so that an image is either computed
+    whole or not at all; otherwise every living (image, label) pair is a pass of its own.
+    """
+    errors = np.full((len(images), len(draws), columns), np.nan, dtype=np.float32)
+    alive = np.ones((len(images), columns), dtype=bool)
+    for t, trial in enumerate(draws.trials):
+        running = np.flatnonzero(alive.any(1))
+        if not len(running):
+            break
+        pose = poses[trial.pose]
+        pairs = alive[running]
+        if together:
+            blocks = np.split(running, range(batch, len(running), batch))
+            for rows in blocks:
+                clean = pose(images[rows])
+                noise = draws.noise(t, [digests[i] for i in rows], tuple(images.shape[1:]))
+                labels = torch.arange(columns, device=images.device).expand(len(rows), -1)
+                found = squared_errors(denoiser, clean, noise.to(clean), trial.sigma, labels)
+                errors[rows, t] = found.float().cpu().numpy()
+        else:
+            which, label = np.nonzero(pairs)
+            for part in np.split(np.arange(len(which)), range(batch, len(which), batch)):
+                rows = running[which[part]]
+                clean = pose(images[rows])
+                noise = draws.noise(t, [digests[i] for i in rows], tuple(images.shape[1:]))
+                labels = torch.from_numpy(label[part])[:, None].to(images.device)
+                found = squared_errors(denoiser, clean, noise.to(clean), trial.sigma, labels)
+                errors[rows, t, label[part]] = found[:, 0].float().cpu().numpy()
+        if policy is not None:
+            alive[running, :-1] &= policy(errors[running, : t + 1, :-1])
+            done = alive[:, :-1].sum(1) <= 1
+            alive[done] = False
+    return errors
+
+
+def log_evidence(
+    errors: Float[np.ndarray, "n t k"],
+    sigmas: Float[np.ndarray, " t"],
+    pixels: int,
+) -> Float[np.ndarray, "n k"]:
+    """log p(x | k) up to a constant, in nats; higher explains the image better.
+
+    `errors` are mean squared errors over `pixels` numbers, at trials spread evenly over
+    ln sigma between the lowest and the highest level (`draws.stratified`). Trials at one level are
+    averaged.
+    """
+    levels, place = np.unique(sigmas.astype(np.float64), return_inverse=True)
+    mean = np.stack([errors[:, place == i].mean(1) for i in range(len(levels))], axis=1)
+    if len(levels) == 1:
+        return -pixels * mean[:, 0] / levels[0] ** 2
+    slices = np.gradient(np.log(levels))
+    return -pixels * np.einsum("nlk,l->nk", mean.astype(np.float64), slices / levels**2)

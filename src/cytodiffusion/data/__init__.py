@@ -1,0 +1,1 @@
+"""From what lies on disk to images with labels: readers, checks, splits, transforms, taxonomy."""

@@ -1,0 +1,122 @@
+"""Any image file -> RGB, cropped to the cell, at the model's size.
+
+    decode      bytes of any size and mode -> 8-bit RGB, turned upright
+    Preprocess  the centre crop and size that a model was trained with; travels in its bundle
+    to_tensor   8-bit -> [-1, 1]
+
+The crop is a square with its side a fraction of the image's shorter side. Sampling the box goes
+through one antialiased resize, so that the same cell gives the same pixels wherever it comes from.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from cytodiffusion.errors import UnreadableImage
+
+MAX_PIXELS = 64_000_000  # a larger image of one cell is a mistake or a decompression bomb
+
+
+class Preprocess(BaseModel):
+    """How an image becomes the network's input."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(64, ge=8, description="height and width given to the network, px")
+    crop: float = Field(
+        0.55, gt=0, le=4, description="side of the centre crop / shorter side of the image"
+    )
+
+    def canvas(self, image: Image.Image, margin: float = 1.0) -> UInt8[np.ndarray, "3 s s"]:
+        """Centre crop, `margin` times as wide as the model's, at the model's pixels per cell.
+
+        Where the crop reaches over the edge of the image, the outermost pixels are repeated.
+        """
+        size = round(self.size * margin)
+        side = self.crop * min(image.size) * size / self.size
+        image = _widen(image, side)
+        left, top = ((length - side) / 2 for length in image.size)
+        box = (left, top, left + side, top + side)
+        small = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return np.asarray(small).transpose(2, 0, 1)
+
+
+def _widen(image: Image.Image, side: float) -> Image.Image:
+    """Repeat the outermost pixels until the image is at least `side` wide and high."""
+    add = [max(0, int(np.ceil((side - length) / 2))) for length in image.size]
+    if not any(add):
+        return image
+    width, height = add
+    pixels = np.pad(np.asarray(image), ((height, height), (width, width), (0, 0)), mode="edge")
+    return Image.fromarray(pixels)
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image file to 8-bit RGB, upright.
+
+    16-bit and float greys are brought to 8 bits by their own range of values; transparency is laid
+    on white. Raises UnreadableImage, saying why, for anything that is not a whole image.
+    """
+    if not data:
+        raise UnreadableImage("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            _refuse_huge(image)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("not an image in a known format") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"damaged or truncated image ({_first_line(error)})") from error
+
+
+def _refuse_huge(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(
+            f"{width} x {height} px is more than {MAX_PIXELS:,} pixels; crop single cells first"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Scale by the smallest of 8, 12 or 16 bits that holds the brightest pixel."""
+    grey = np.nan_to_num(grey.astype(np.float64)).clip(min=0)
+    brightest = grey.max(initial=0)
+    full = next((f for f in (1.0, 255.0, 4095.0, 65535.0) if brightest <= f), brightest)
+    if full == 1.0 and np.array_equal(grey, np.floor(grey)):
+        full = 255.0  # whole numbers 0 and 1 are dark pixels, not black and white
+    return np.round(grey / full * 255).astype(np.uint8)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def to_tensor(pixels: np.ndarray | Tensor) -> Float[Tensor, "..."]:
+    """8-bit values -> [-1, 1]."""
+    return torch.as_tensor(pixels).float() / 127.5 - 1
+
+
+def to_pixels(images: Float[Tensor, "..."]) -> UInt8[np.ndarray, "..."]:
+    """[-1, 1] -> 8-bit values, rounded; what is outside the range is cut off."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()

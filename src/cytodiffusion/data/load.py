@@ -1,0 +1,50 @@
+"""Read many images at once, keeping going past those that cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cytodiffusion.data.images import Preprocess, decode
+from cytodiffusion.data.sample import Sample
+from cytodiffusion.errors import UnreadableImage
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One image at the size that was asked for, or the reason why there is none."""
+
+    sample: Sample
+    sha256: str
+    pixels: UInt8[np.ndarray, "3 s s"] | None
+    problem: str = ""
+
+
+def load_one(sample: Sample, preprocess: Preprocess, margin: float = 1.0) -> Loaded:
+    """Read, decode, crop and resize one image; never raises for a bad one."""
+    sha = ""
+    try:
+        data = sample.read()
+        sha = hashlib.sha256(data).hexdigest()
+        return Loaded(sample, sha, preprocess.canvas(decode(data), margin))
+    except UnreadableImage as error:
+        return Loaded(sample, sha, None, str(error))
+
+
+def load_images(
+    samples: Sequence[Sample], preprocess: Preprocess, margin: float = 1.0, workers: int = 2
+) -> Iterator[Loaded]:
+    """Load in the order given, decoding in `workers` threads, a bounded number ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        for group in _batched(samples, 64 * workers):
+            yield from pool.map(lambda sample: load_one(sample, preprocess, margin), group)
+
+
+def _batched(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]

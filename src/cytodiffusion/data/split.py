@@ -1,0 +1,269 @@
+"""A split is a file: path, label, split, one line an image.
+
+Images that belong together (one patient, one slide, copies of one picture) form a unit, and a unit
+goes to one side as a whole. Units are dealt one by one, largest first, each to the split s that
+keeps every class c nearest to its share, by the chi-square distance
+
+    sum over s, c of (a_sc - d_sc)^2 / d_sc,     d_sc = fraction_s * images of class c,
+
+a_sc counting the images of class c that s has got. For units of one image this is the Sainte-Lague
+rule of proportional seats. The order among equals comes from (seed, name) alone, so the listing may
+come in any order.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from cytodiffusion.data.sample import Sample
+from cytodiffusion.errors import DataError, OutputError, SettingsError
+
+FRACTIONS: Mapping[str, float] = {"train": 0.8, "val": 0.1, "test": 0.1}
+
+Group = Literal["auto", "patient", "slide"]
+
+
+class Row(NamedTuple):
+    """One line of a split file."""
+
+    name: str
+    label: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows, sorted by name; what kept images together; what a person should know."""
+
+    rows: list[Row]
+    grouped_by: str | None  # 'patient', 'slide' or None
+    notes: list[str]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def split(
+    samples: Sequence[Sample],
+    fractions: Mapping[str, float] = FRACTIONS,
+    seed: int = 0,
+    group: Group | None = "auto",
+    duplicates: Iterable[Iterable[str]] = (),
+) -> Split:
+    """Deal the samples to splits: by class, and never one patient or picture on two sides.
+
+    `group` 'auto' takes patients where any are named, else slides, else nothing. `duplicates` are
+    groups of names to be kept together, such as `Report.duplicate_groups()`; names that are not
+    among the samples are passed over. A class too small to reach every split is a note, no error.
+
+    Raises DataError for no samples, a name given twice, an image without a label, or a column that
+    is asked for and empty; SettingsError for fractions that are not positive or do not add up to 1.
+    """
+    _check_fractions(fractions)
+    samples = sorted(samples, key=lambda sample: sample.name)
+    labels = _labels(samples)
+    column = _column(samples, group)
+    units = _units(samples, column, duplicates)
+    side = _deal(units, labels, fractions, seed)
+    rows = [Row(name, label, side[name]) for name, label in labels.items()]
+    notes = [*_column_notes(samples, column), *_class_notes(rows, fractions, units)]
+    return Split(rows, column, notes)
+
+
+def _check_fractions(fractions: Mapping[str, float]) -> None:
+    total = sum(fractions.values())
+    if not fractions or min(fractions.values()) <= 0 or abs(total - 1) > 1e-6:
+        given = ", ".join(f"{name} {value:g}" for name, value in fractions.items()) or "none"
+        raise SettingsError(
+            f"The fractions of a split must be above 0 and add up to 1; given: {given}. Try "
+            "train 0.8, val 0.1, test 0.1."
+        )
+
+
+def _labels(samples: Sequence[Sample]) -> dict[str, str]:
+    if not samples:
+        raise DataError("There are no images to split. Give a folder with a subfolder per class.")
+    bare = [sample.name for sample in samples if sample.label is None]
+    if bare:
+        raise DataError(
+            f"{len(bare)} images have no label, first: '{bare[0]}'. A split needs labels: put each "
+            "class in its own folder, or give a manifest with a column `label`."
+        )
+    labels = {sample.name: str(sample.label) for sample in samples}
+    if len(labels) < len(samples):
+        name, count = Counter(sample.name for sample in samples).most_common(1)[0]
+        raise DataError(f"'{name}' is listed {count} times. List each image once.")
+    return labels
+
+
+def _column(samples: Sequence[Sample], group: Group | None) -> str | None:
+    if group is None:
+        return None
+    wanted = ("patient", "slide") if group == "auto" else (group,)
+    for column in wanted:
+        if any(getattr(sample, column) for sample in samples):
+            return column
+    if group == "auto":
+        return None
+    raise DataError(
+        f"The split is to keep each {group} on one side, but no image names its {group}. Add a "
+        f"column `{group}` to the manifest, or split without groups."
+    )
+
+
+def _units(
+    samples: Sequence[Sample], column: str | None, duplicates: Iterable[Iterable[str]]
+) -> list[list[str]]:
+    """Names that must stay together, directly or through others."""
+    ties = [list(names) for names in duplicates]
+    if column is not None:
+        members: dict[str, list[str]] = {}
+        for sample in samples:
+            if value := getattr(sample, column):
+                members.setdefault(value, []).append(sample.name)
+        ties += members.values()
+    return connected([sample.name for sample in samples], ties)
+
+
+def connected(names: Sequence[str], ties: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Join names that share a tie, however long the chain; each group in the order of `names`."""
+    root = {name: name for name in names}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            root[name] = root[root[name]]
+            name = root[name]
+        return name
+
+    for tie in ties:
+        known = [name for name in tie if name in root]
+        for name in known[1:]:
+            root[find(name)] = find(known[0])
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(find(name), []).append(name)
+    return list(groups.values())
+
+
+def _deal(
+    units: list[list[str]], labels: dict[str, str], fractions: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """name -> split, by the rule of the module's first paragraph."""
+    classes = {label: i for i, label in enumerate(sorted(set(labels.values())))}
+    counts = np.zeros((len(units), len(classes)))
+    for i, unit in enumerate(units):
+        for name in unit:
+            counts[i, classes[labels[name]]] += 1
+    wanted = np.outer(list(fractions.values()), counts.sum(0))
+    given = np.zeros_like(wanted)
+    splits, side = list(fractions), {}
+    for i in sorted(range(len(units)), key=lambda i: (-len(units[i]), _lot(seed, units[i][0]))):
+        growth = (counts[i] * (counts[i] + 2 * given) / wanted).sum(1)
+        chosen = int(growth.argmin())
+        given[chosen] += counts[i]
+        side.update(dict.fromkeys(units[i], splits[chosen]))
+    return side
+
+
+def _lot(seed: int, name: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
+def _column_notes(samples: Sequence[Sample], column: str | None) -> list[str]:
+    if column is None:
+        return ["No patient or slide is named: images of one patient may be on both sides."]
+    bare = sum(1 for sample in samples if not getattr(sample, column))
+    values = {getattr(sample, column) for sample in samples} - {None, ""}
+    notes = [f"Each {column} is on one side only ({len(values)} in all)."]
+    if bare:
+        notes.append(f"{bare} images name no {column} and are dealt one by one.")
+    return notes
+
+
+def _class_notes(
+    rows: list[Row], fractions: Mapping[str, float], units: list[list[str]]
+) -> list[str]:
+    """Which classes do not reach every split."""
+    found = Counter((row.label, row.split) for row in rows)
+    images = Counter(row.label for row in rows)
+    label_of = {row.name: row.label for row in rows}
+    groups = Counter(label for unit in units for label in {label_of[name] for name in unit})
+    notes = []
+    for label in sorted(images):
+        missing = [name for name in fractions if not found[label, name]]
+        if missing:
+            notes.append(
+                f"The class '{label}' has {images[label]} images in {groups[label]} independent "
+                f"groups, too few for every split: none in {', '.join(missing)}."
+            )
+    return notes
+
+
+def write_split(rows: Iterable[Row], path: Path | str) -> None:
+    """Write path,label,split; the file appears whole or not at all. Raises OutputError."""
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("path", "label", "split"))
+            writer.writerows(rows)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise OutputError(
+            f"The split cannot be written to {path} ({error.strerror or error}). Give a path in a "
+            "folder that you may write to."
+        ) from error
+
+
+def read_split(path: Path | str) -> list[Row]:
+    """Read a file with the columns path, label, split; others are passed over. Raises DataError."""
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = {"path", "label", "split"} - set(reader.fieldnames or ())
+            lines = [] if missing else list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"The split file {path} cannot be read ({error}). Give a CSV file with the columns "
+            "path,label,split."
+        ) from error
+    if missing:
+        raise DataError(
+            f"The split file {path} lacks the columns {', '.join(sorted(missing))}. Its first line "
+            "must name path,label,split."
+        )
+    return _rows(lines, path)
+
+
+def _rows(lines: list[dict[str, str]], path: Path) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=2):
+        name = (line["path"] or "").replace("\\", "/").removeprefix("./")
+        if not name or not line["split"]:
+            raise DataError(f"Line {number} of {path} has no path or no split. Fill it or drop it.")
+        if name in rows:
+            raise DataError(f"{path} lists '{name}' twice, again in line {number}. Keep one line.")
+        rows[name] = Row(name, line["label"] or "", line["split"])
+    if not rows:
+        raise DataError(f"The split file {path} lists no images. Make one with `data split`.")
+    return list(rows.values())

@@ -1,0 +1,99 @@
+"""Two pictures of a set of answers, as SVG text to put into a page.
+
+The reliability diagram asks whether "90 % sure" is right nine times in ten; the risk-coverage curve,
+how many mistakes are left when only the most certain cells are answered.
+
+The colours are names (`currentColor`, `var(--accent)`) that the page gives a value, so that one
+picture serves light, dark and paper. The text is text. The same numbers give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cytodiffusion.evaluate.metrics import (
+    Probabilities,
+    ReliabilityBin,
+    Truth,
+    reliability,
+    risk_coverage,
+)
+
+# What matplotlib draws with, and what the page is told instead.
+INK, FAINT, ACCENT = "#010203", "#040506", "#070809"
+NAMES = {INK: "currentColor", FAINT: "var(--line)", ACCENT: "var(--accent)"}
+POINTS = 400  # of a curve: more cannot be seen
+
+
+def reliability_diagram(truth: Truth, probabilities: Probabilities) -> str:
+    """Share right against confidence, with exact 95 % intervals; below it, cells in each bin."""
+    bins = reliability(truth, probabilities)
+    figure = Figure(figsize=(4.4, 4.6))
+    top, bottom = figure.subplots(2, height_ratios=(4, 1), sharex=True)
+    _diagonal(top, bins)
+    widths = [0.9 * (b.high - b.low) for b in bins]
+    bottom.bar([(b.low + b.high) / 2 for b in bins], [b.n for b in bins], widths, color=ACCENT)
+    bottom.set(xlabel="confidence", ylabel="cells", xlim=(0, 1.02), yscale="log")
+    bottom.set_ylim(0.5, None)
+    return _svg(figure, "reliability")
+
+
+def _diagonal(axes: Axes, bins: list[ReliabilityBin]) -> None:
+    confidence, share = [b.confidence for b in bins], [b.accuracy for b in bins]
+    low = [max(0.0, b.accuracy - b.accuracy_ci95[0]) for b in bins]
+    high = [max(0.0, b.accuracy_ci95[1] - b.accuracy) for b in bins]
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.5)
+    axes.errorbar(confidence, share, [low, high], fmt="none", ecolor=ACCENT, alpha=0.5)
+    axes.plot(confidence, share, color=ACCENT, marker="o", markersize=5, linestyle="none")
+    axes.set(ylabel="share right", ylim=(0, 1.02))
+
+
+def risk_coverage_curve(truth: Truth, probabilities: Probabilities) -> str:
+    """Share wrong among the most certain cells, against the share of cells that are answered."""
+    answered, wrong = risk_coverage(truth, probabilities)
+    kept = np.unique(np.linspace(0, len(answered) - 1, POINTS).round().astype(int))
+    figure = Figure(figsize=(4.4, 4.6))
+    axes = figure.subplots()
+    axes.plot(answered[kept], 100 * wrong[kept], color=ACCENT, linewidth=2)
+    axes.fill_between(answered[kept], 100 * wrong[kept], color=ACCENT, alpha=0.15, linewidth=0)
+    axes.set(xlabel="share of cells answered", ylabel="wrong among them, %", xlim=(0, 1.02))
+    axes.set_ylim(0, max(1.0, 110 * float(wrong.max())))
+    return _svg(figure, "risk")
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """One <svg> element. Every id starts with `name`, so that two pictures can share a page."""
+    for axes in figure.axes:
+        _calm(axes)
+    figure.patch.set_visible(False)
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.set_layout_engine("constrained")
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return _for_page(text.getvalue(), name)
+
+
+def _calm(axes: Axes) -> None:
+    axes.patch.set_visible(False)
+    axes.grid(color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.minorticks_off()
+    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=10)
+
+
+def _for_page(svg: str, name: str) -> str:
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'( id="|"#|url\(#)', rf"\g<1>{name}-", svg)
+    for colour, value in NAMES.items():
+        svg = svg.replace(colour, value)
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)

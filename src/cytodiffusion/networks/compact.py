@@ -1,0 +1,222 @@
+"""A small U-Net on pixels that guesses for every class, trained from scratch.
+
+PixelUnshuffle folds p x p pixels into channels, so that a 64 px cell is worked on as a 16 x 16 grid.
+The same trunk comes in two forms:
+
+    heads         one trunk, then a small head for each class and one for "any cell": all guesses
+                  from one pass
+    conditional   the class is an input of every block: one pass for each class
+
+In the conditional form label K, one past the classes, means "any cell".
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+Form = Literal["heads", "conditional"]
+
+
+class CompactSettings(BaseModel):
+    """Shape of a compact network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: int = Field(ge=1, description="number of classes, without 'any cell'")
+    size: int = Field(64, ge=8, description="height and width of the image, px")
+    form: Form = Field("heads", description="a head for each class, or the class as an input")
+    unshuffle: int = Field(4, ge=1, description="pixels folded into channels, in each direction")
+    width: int = Field(48, ge=8, description="channels of the first level")
+    multipliers: tuple[int, ...] = Field((1, 2, 4), description="channels of each level / width")
+    blocks: int = Field(2, ge=1, description="residual blocks a level, down and up")
+    attention: int = Field(8, ge=0, description="largest grid side with self-attention")
+    head_width: int = Field(32, ge=1, description="hidden channels of each head")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout inside the residual blocks")
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid on which the first level works."""
+        return self.size // self.unshuffle
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, channels // 16 or 1), channels)
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Fourier(nn.Module):
+    """cos(2 pi (f x + phase)) for fixed random f: what the network knows of the noise level."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("frequency", torch.randn(channels, generator=generator))
+        self.register_buffer("phase", torch.rand(channels, generator=generator))
+
+    frequency: Tensor
+    phase: Tensor
+
+    def forward(self, x: Float[Tensor, " n"]) -> Float[Tensor, "n f"]:
+        turns = torch.outer(x, self.frequency) + self.phase
+        return math.sqrt(2) * torch.cos(2 * math.pi * turns)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions; the noise level (and class) scales and shifts between them."""
+
+    def __init__(self, inside: int, outside: int, embedding: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _norm(inside), nn.Conv2d(inside, outside, 3, padding=1)
+        self.modulate = nn.Linear(embedding, 2 * outside)
+        self.norm2 = _norm(outside)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(outside, outside, 3, padding=1))
+        self.skip = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = functional.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        return self.skip(x) + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over the grid, with heads of 32 channels where that divides."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = channels // 32 if channels % 32 == 0 else 1
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, 3, self.heads, c // self.heads, h * w).unbind(1)
+        seen = functional.scaled_dot_product_attention(*(t.transpose(-1, -2) for t in (q, k, v)))
+        return x + self.out(seen.transpose(-1, -2).reshape(n, c, h, w))
+
+
+class Stage(nn.Module):
+    """A residual block, followed by attention where the grid is small enough."""
+
+    def __init__(
+        self, inside: int, outside: int, embedding: int, dropout: float, attend: bool
+    ) -> None:
+        super().__init__()
+        self.block = ResidualBlock(inside, outside, embedding, dropout)
+        self.attention = Attention(outside) if attend else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.block(x, embedding))
+
+
+class Trunk(nn.Module):
+    """The U-Net proper: a grid of channels in, the same grid with `width` channels out."""
+
+    def __init__(self, settings: CompactSettings, embedding: int) -> None:
+        super().__init__()
+        widths = [settings.width * m for m in settings.multipliers]
+        sides = [settings.grid // 2**level for level in range(len(widths))]
+
+        def stage(inside: int, outside: int, side: int) -> Stage:
+            return Stage(inside, outside, embedding, settings.dropout, side <= settings.attention)
+
+        blocks = range(settings.blocks)
+        self.down = nn.ModuleList(
+            nn.ModuleList(stage(width, width, side) for _ in blocks)
+            for width, side in zip(widths, sides, strict=True)
+        )
+        self.shrink = nn.ModuleList(
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in pairwise(widths)
+        )
+        self.middle = stage(widths[-1], widths[-1], sides[-1])
+        self.up = nn.ModuleList(
+            nn.ModuleList(stage(2 * width, width, side) for _ in blocks)
+            for width, side in zip(widths, sides, strict=True)
+        )
+        self.grow = nn.ModuleList(
+            nn.Conv2d(coarse, fine, 1) for fine, coarse in pairwise(widths)
+        )
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        kept = []
+        for level, stages in enumerate(self.down):
+            x = self.shrink[level - 1](x) if level else x
+            for stage in stages:  # type: ignore[attr-defined]
+                x = stage(x, embedding)
+                kept.append(x)
+        x = self.middle(x, embedding)
+        for level in reversed(range(len(self.up))):
+            for stage in self.up[level]:  # type: ignore[union-attr]
+                x = stage(torch.cat([x, kept.pop()], dim=1), embedding)
+            if level:
+                fine = kept[-1].shape[-2:]
+                x = functional.interpolate(self.grow[level - 1](x), size=fine)
+        return x
+
+
+class CompactNetwork(nn.Module):
+    """F(scaled image, ln(sigma)/4, labels) -> one raw guess for each label; see precondition.py."""
+
+    def __init__(self, settings: CompactSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        conditional = settings.form == "conditional"
+        embedding, pixels = 4 * settings.width, 3 * settings.unshuffle**2
+        self.fourier = Fourier(settings.width)
+        self.embed = nn.Sequential(
+            nn.Linear(settings.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
+        )
+        self.label = nn.Embedding(settings.classes + 1, embedding) if conditional else None
+        self.stem = nn.Conv2d(pixels, settings.width, 3, padding=1)
+        self.trunk = Trunk(settings, embedding)
+        self.norm = _norm(settings.width)
+        heads = 1 if conditional else settings.classes + 1
+        hidden = heads * settings.head_width
+        self.head = nn.Sequential(
+            nn.Conv2d(settings.width, hidden, 3, padding=1),
+            nn.SiLU(),
+            _zero(nn.Conv2d(hidden, heads * pixels, 1, groups=heads)),
+        )
+
+    def features(
+        self, image: Float[Tensor, "n c h w"], log_sigma: Float[Tensor, " n"],
+        label: Int[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, "n f g g"]:
+        """What the trunk makes of a scaled noisy image, before the heads."""
+        embedding = self.embed(self.fourier(log_sigma))
+        if self.label is not None and label is not None:
+            embedding = embedding + self.label(label)
+        folded = functional.pixel_unshuffle(image, self.settings.unshuffle)
+        grid = self.stem(folded)
+        return functional.silu(self.norm(self.trunk(grid, functional.silu(embedding))))
+
+    def forward(
+        self,
+        image: Float[Tensor, "n c h w"],
+        log_sigma: Float[Tensor, " n"],
+        labels: Int[Tensor, "n k"],
+    ) -> Float[Tensor, "n k c h w"]:
+        (n, k), fold = labels.shape, self.settings.unshuffle
+        if self.label is not None:
+            repeated = image.repeat_interleave(k, dim=0)
+            grid = self.features(repeated, log_sigma.repeat_interleave(k), labels.flatten())
+            return functional.pixel_shuffle(self.head(grid), fold).view(n, k, *image.shape[1:])
+        every = functional.pixel_shuffle(self.head(self.features(image, log_sigma)), fold)
+        every = every.view(n, -1, *image.shape[1:])
+        return every[torch.arange(n, device=labels.device)[:, None], labels]

@@ -1,0 +1,219 @@
+"""Samples in, a table of predictions out: one row a cell, written as it goes.
+
+Rows are appended to OUT/predictions.part.csv while the work goes on. Run again, a row whose path and
+sha256 are already there is not computed anew. At the end the table is put in the order of the input
+and written whole, as predictions.csv and predictions.parquet.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyarrow import csv as pa_csv
+from pyarrow import parquet
+
+from cytodiffusion.bundle import Model
+from cytodiffusion.classify.classifier import COVERAGE, Reading
+from cytodiffusion.data.images import Preprocess, to_tensor
+from cytodiffusion.data.load import Loaded, load_one
+from cytodiffusion.data.sample import Sample
+from cytodiffusion.errors import OutputError
+
+Row = dict[str, Any]
+PART = "predictions.part.csv"
+
+
+@dataclass(frozen=True)
+class Request:
+    """How cells are to be named; rows made under another request are not mixed in."""
+
+    budget: str = "balanced"
+    crop: float | None = None  # overrides the bundle's centre crop
+    coverage: float = COVERAGE
+    answers: tuple[str, ...] | None = None  # restricts the classes that may be answered
+    batch: int = 32
+    workers: int = 2
+
+    def fingerprint(self, model: Model) -> dict[str, Any]:
+        """What decides a row, apart from the image."""
+        checksums = json.loads((model.folder / "checksums.json").read_text())
+        return {
+            "model": model.name,
+            "weights": checksums["model.safetensors"],
+            "calibration": checksums["calibration.json"],
+            "budget": self.budget,
+            "crop": self.crop or model.preprocess.crop,
+            "coverage": self.coverage,
+            "classes": list(self.answers or model.classes.names),
+        }
+
+
+def name_cells(model: Model, samples: Sequence[Sample], request: Request) -> Iterator[list[Row]]:
+    """Rows for the samples, a batch at a time and in order; an unreadable image gets a row too.
+
+    Each of `workers` threads reads and names whole batches on one core; a bounded number is in
+    flight.
+    """
+    torch.set_num_threads(1)
+    batches = [
+        samples[start : start + request.batch] for start in range(0, len(samples), request.batch)
+    ]
+    with ThreadPoolExecutor(request.workers) as pool:
+        running: list[Future[list[Row]]] = []
+        for batch in batches:
+            running.append(pool.submit(_name_batch, model, batch, request))
+            if len(running) > 2 * request.workers:
+                yield running.pop(0).result()
+        for future in running:
+            yield future.result()
+
+
+def _name_batch(model: Model, samples: Sequence[Sample], request: Request) -> list[Row]:
+    began = time.perf_counter()
+    preprocess = model.preprocess
+    if request.crop:
+        preprocess = Preprocess(size=preprocess.size, crop=request.crop)
+    loaded = [load_one(sample, preprocess) for sample in samples]
+    good = [item for item in loaded if item.pixels is not None]
+    if not good:
+        return [_unreadable(item, model) for item in loaded]
+    pixels = np.stack([item.pixels for item in good if item.pixels is not None])
+    digests = [item.sha256 for item in good]
+    table = model.classifier.measure(to_tensor(pixels), digests, request.budget)
+    reading = model.classifier.read(table, request.budget, request.coverage)
+    if request.answers:
+        reading = reading.restrict(request.answers)
+    spent = 1000 * (time.perf_counter() - began) / len(loaded)
+    rows = iter(_rows(good, reading, model, spent))
+    return [next(rows) if item.pixels is not None else _unreadable(item, model) for item in loaded]
+
+
+def _rows(loaded: list[Loaded], reading: Reading, model: Model, spent: float) -> Iterator[Row]:
+    for item, answer in zip(loaded, reading.answers(), strict=True):
+        chances = zip(reading.classes, answer.probabilities, strict=True)
+        yield {
+            "path": item.sample.name,
+            "sha256": item.sha256,
+            "predicted": answer.predicted,
+            "confidence": round(answer.confidence, 6),
+            **{f"prob_{name}": round(float(p), 6) for name, p in chances},
+            "set": "|".join(answer.conformal_set),
+            "anomaly": round(answer.anomaly, 6),
+            "anomaly_p": round(answer.anomaly_p, 6),
+            "flag": answer.flag,
+            "trials": answer.trials,
+            "passes": answer.passes,
+            "milliseconds": round(spent, 3),
+            "model": model.name,
+        }
+
+
+def _unreadable(item: Loaded, model: Model) -> Row:
+    row: Row = {"path": item.sample.name, "sha256": item.sha256, "flag": "unreadable"}
+    return row | {"model": model.name, "problem": item.problem}
+
+
+def columns(classes: Sequence[str]) -> list[str]:
+    """Columns of the table, in order."""
+    chances = [f"prob_{name}" for name in classes]
+    first = ["path", "sha256", "predicted", "confidence", *chances, "set", "anomaly", "anomaly_p"]
+    return [*first, "flag", "trials", "passes", "milliseconds", "model"]
+
+
+def schema(names: Sequence[str]) -> pa.Schema:
+    """Column types: text, whole numbers, or float64."""
+    text = {"path", "sha256", "label", "predicted", "set", "flag", "model"}
+    types = {name: pa.string() if name in text else pa.float64() for name in names}
+    return pa.schema({**types, "trials": pa.int64()})
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into one clear line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written to ({error.strerror or error}). What was done so far is "
+            "kept; free some space or choose another folder with -o, and run again to go on."
+        ) from error
+
+
+class Table:
+    """The growing table of one output folder."""
+
+    def __init__(self, folder: Path, request: Request, model: Model) -> None:
+        self.folder, self.names = folder, columns(request.answers or model.classes.names)
+        self.part = folder / PART
+        self.stamp = request.fingerprint(model)
+
+    def begin(self) -> dict[tuple[str, str], Row]:
+        """Rows that are already there, by path and sha256. Raises OutputError for another request."""
+        stamp = self.folder / "request.json"
+        with writing_to(self.folder):
+            if stamp.exists() and json.loads(stamp.read_text()) != self.stamp:
+                raise OutputError(
+                    f"{self.folder} holds predictions made with another model, budget, crop, coverage "
+                    "or list of classes (see request.json there). Choose another folder with -o, or "
+                    "delete that one."
+                )
+            stamp.write_text(json.dumps(self.stamp, indent=1) + "\n")
+        found = [*_read_rows(self.folder / "predictions.csv"), *_read_rows(self.part)]
+        return {(row["path"], row["sha256"]): row for row in found if row["flag"] != "unreadable"}
+
+    def append(self, rows: list[Row]) -> None:
+        """Add rows to the part file, on disk when this returns."""
+        with writing_to(self.folder):
+            fresh = not self.part.exists()
+            with self.part.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.names, extrasaction="ignore")
+                if fresh:
+                    writer.writeheader()
+                writer.writerows(rows)
+
+    def finish(self, rows: list[Row], extra: Sequence[str] = ()) -> None:
+        """Write predictions.csv and .parquet whole, and drop the part file."""
+        names = [self.names[0], *extra, *self.names[1:]]
+        data = [{name: _or_none(row.get(name)) for name in names} for row in rows]
+        table = pa.Table.from_pylist(data, schema=schema(names))
+        with writing_to(self.folder):
+            for suffix, write in (("csv", pa_csv.write_csv), ("parquet", parquet.write_table)):
+                path = self.folder / f"predictions.{suffix}"
+                write(table, path.with_suffix(".tmp"))
+                os.replace(path.with_suffix(".tmp"), path)
+            self.part.unlink(missing_ok=True)
+
+
+def _or_none(value: Any) -> Any:
+    return None if value == "" else value
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Rows of a predictions CSV, with numbers as numbers; a torn last line is left out."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or [])
+        whole = [row for row in reader if None not in row and None not in row.values()]
+    kinds = {field.name: field.type for field in schema(names)}
+    return [{name: _parsed(value, kinds[name]) for name, value in row.items()} for row in whole]
+
+
+def _parsed(value: str, kind: pa.DataType) -> Any:
+    if value == "" or kind == pa.string():
+        return value
+    return int(float(value)) if kind == pa.int64() else float(value)

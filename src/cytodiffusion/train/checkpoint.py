@@ -1,0 +1,79 @@
+"""The state of a run on disk: safetensors and JSON, whole or not there at all.
+
+    RUN/checkpoint/<step>/{model,ema,optimizer}.safetensors, state.json
+
+A checkpoint is written beside the old one, renamed into place and only then does the old one go, so
+a run that is killed at any moment can go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cytodiffusion.errors import OutputError
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> None:
+    """Write the checkpoint of `step` and remove older ones. Raises OutputError if it cannot."""
+    part = folder / f"{step}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, values in tensors.items():
+            plain = {key: value.detach().cpu().contiguous() for key, value in values.items()}
+            save_file(plain, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps({"step": step, **state}))
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+        os.replace(part, folder / str(step))
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OutputError(
+            f"The checkpoint cannot be written to {folder} ({error.strerror or error}). Free some "
+            "space or choose another folder, and run again: training goes on from the last one."
+        ) from error
+    for old in folder.iterdir():
+        if old.name != str(step):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint, if there is one."""
+    whole = [path for path in folder.glob("*") if path.name.isdigit()]
+    return max(whole, key=lambda path: int(path.name), default=None)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by file name, and the state."""
+    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return tensors, json.loads((path / "state.json").read_text())
+
+
+def optimizer_tensors(optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """State of an optimiser as 'parameter/quantity' -> tensor; `names` in its parameter order."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{names[index]}/{key}": torch.as_tensor(value)
+        for index, values in state.items()
+        for key, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: Optimizer, names: list[str], saved: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        name, quantity = key.rsplit("/", 1)
+        state.setdefault(names.index(name), {})[quantity] = value
+    whole = optimizer.state_dict()
+    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})

@@ -1,0 +1,285 @@
+"""The training loop: a generator that can be stopped anywhere and goes on as if it had not been.
+
+    batch -> augment -> add noise -> guess -> loss -> step -> running mean
+
+Every random number of step s comes from (seed, s) alone, so a run that was cut ends with the same
+weights as one that was not. A batch is drawn as a whole and shared out, so several processes train
+on the same images as one does.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int, UInt8
+from torch import Tensor, nn
+
+from cytodiffusion.data.images import to_tensor
+from cytodiffusion.data.transforms import augment
+from cytodiffusion.diffusion.loss import UNLABELLED, Losses, Sharpness, class_losses, edm_weight
+from cytodiffusion.diffusion.noise import training_sigmas
+from cytodiffusion.diffusion.precondition import EDMDenoiser, spread
+from cytodiffusion.errors import SettingsError
+from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
+from cytodiffusion.train.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from cytodiffusion.train.ema import EMA
+from cytodiffusion.train.settings import TrainSettings, dump_settings, load_settings
+from cytodiffusion.types import Denoiser
+
+Validate = Callable[[Denoiser], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Canvases (see `Preprocess.canvas`) and class indices; UNLABELLED (-1) where not known."""
+
+    canvases: UInt8[np.ndarray, "n 3 s s"]
+    labels: Int[np.ndarray, " n"]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What happened since the last report."""
+
+    step: int
+    steps: int
+    seconds: float  # spent training by this process since the last report
+    images: int  # trained on since the last report
+    losses: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] | None = None
+
+
+class Learner(nn.Module):
+    """A denoiser and its loss, in one module so that every process computes its share."""
+
+    def __init__(self, settings: TrainSettings, classes: int) -> None:
+        super().__init__()
+        shape = CompactSettings(
+            classes=classes, size=settings.preprocess.size, **settings.network.model_dump()
+        )
+        self.settings, self.classes = settings, classes
+        self.denoiser = EDMDenoiser(CompactNetwork(shape), settings.sigma_data)
+        self.sharpness = Sharpness(start=settings.sharpness) if shape.form == "heads" else None
+
+    def forward(self, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor) -> Losses:
+        noisy = clean + spread(sigma, 4) * noise
+        weight = edm_weight(sigma, self.settings.sigma_data)
+        if self.sharpness is None:
+            return self._conditional(noisy, clean, sigma, labels, weight)
+        every = torch.arange(self.classes + 1, device=clean.device).expand(len(clean), -1)
+        s = self.settings
+        return class_losses(
+            self.denoiser(noisy, sigma, every), clean, labels, weight, self.sharpness(sigma),
+            s.any_weight, s.classification,
+        )  # fmt: skip
+
+    def _conditional(
+        self, noisy: Tensor, clean: Tensor, sigma: Tensor, labels: Tensor, weight: Tensor
+    ) -> Losses:
+        """One class a pass: the label that was given, or "any cell" where it is hidden."""
+        hidden = torch.rand(len(labels), device=labels.device) < self.settings.label_dropout
+        asked = torch.where(hidden | (labels == UNLABELLED), self.classes, labels)
+        guess = self.denoiser(noisy, sigma, asked[:, None])[:, 0]
+        own = ((guess - clean).square().mean((1, 2, 3)) * weight).mean()
+        zero = torch.zeros_like(own)
+        return Losses(own, own, zero, zero)
+
+
+class Run:
+    """Weights, optimiser, running mean and step of one training run, and its folder."""
+
+    def __init__(self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto"):
+        self.folder, self.settings, self.data = folder, settings, data
+        self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+        torch.manual_seed(settings.seed)
+        self.learner = Learner(settings, len(data.classes)).to(self.accelerator.device)
+        self.ema = EMA(self.learner, settings.ema)
+        self.optimizer = torch.optim.AdamW(
+            self.learner.parameters(), betas=(0.9, 0.99), weight_decay=settings.weight_decay
+        )
+        self.step = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_score = float("inf")
+        if self.accelerator.is_main_process:
+            self._claim()
+        self.accelerator.wait_for_everyone()
+        self._resume()
+        self.model, self.optimizer = self.accelerator.prepare(self.learner, self.optimizer)
+
+    def _claim(self) -> None:
+        """Write the settings, or check that they are the ones this folder was begun with."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "settings.yaml"
+        if path.exists():
+            begun = load_settings(path).model_copy(update={"steps": self.settings.steps})
+            if begun != self.settings:
+                raise SettingsError(
+                    f"{self.folder} was begun with other settings (see settings.yaml there). Give "
+                    "the same ones to go on, or another folder to start anew."
+                )
+        path.write_text(dump_settings(self.settings))
+
+    def _names(self) -> list[str]:
+        return [name for name, _ in self.learner.named_parameters()]
+
+    def _resume(self) -> None:
+        path = latest_checkpoint(self.folder / "checkpoint")
+        if path is None:
+            return
+        tensors, state = load_checkpoint(path)
+        self.learner.load_state_dict(tensors["model"])
+        self.ema.load_state_dict(tensors["ema"])
+        load_optimizer(self.optimizer, self._names(), tensors["optimizer"])
+        self.best, self.best_score = tensors.get("best", {}), state["best_score"]
+        self.step = state["step"]
+
+    def save(self) -> None:
+        """Write a checkpoint (main process only)."""
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {
+            "model": self.learner.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self._names()),
+        }
+        if self.best:
+            tensors["best"] = self.best
+        state = {"best_score": self.best_score, "classes": self.data.classes}
+        save_checkpoint(self.folder / "checkpoint", self.step, tensors, state)
+
+    def denoiser(self, which: str = "ema") -> EDMDenoiser:
+        """A copy for use: 'raw' weights, their running mean 'ema', or the 'best' on validation."""
+        weights = {"raw": self.learner.state_dict(), "ema": self.ema.mean, "best": self.best}[which]
+        copy = Learner(self.settings, len(self.data.classes))
+        copy.load_state_dict({name: value.cpu() for name, value in weights.items()})
+        return copy.denoiser.eval().requires_grad_(False).to(self.accelerator.device)
+
+    def consider(self, scores: dict[str, float]) -> None:
+        """Keep the running mean as the best so far if its validation NLL is the lowest."""
+        if scores["nll"] < self.best_score:
+            self.best_score = scores["nll"]
+            self.best = {name: value.clone() for name, value in self.ema.mean.items()}
+
+
+def learning_rate(step: int, settings: TrainSettings) -> float:
+    """Linear warm-up, constant, linear fall to zero over the last share of the run."""
+    rise = min(1.0, (step + 1) / max(1, settings.warmup))
+    falling = max(1.0, settings.cooldown * settings.steps)
+    return settings.learning_rate * min(rise, (settings.steps - step) / falling, 1.0)
+
+
+def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
+          validate_every: int = 1000) -> Iterator[Progress]:  # fmt: skip
+    """Train until the settings' steps are done, reporting now and then."""
+    settings, device = run.settings, run.accelerator.device
+    canvases = torch.from_numpy(run.data.canvases).to(device)
+    labels = torch.from_numpy(run.data.labels).to(device)
+    began = saved = time.monotonic()
+    sums: dict[str, float] = {}
+    run.model.train()
+    while run.step < settings.steps:
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(run.step, settings)
+        for name, value in _optimise(run, canvases, labels).items():
+            sums[name] = sums.get(name, 0.0) + value
+        run.ema.update(run.learner, run.step)
+        run.step += 1
+
+        last = run.step == settings.steps
+        if run.step % report_every == 0 or last:
+            count = (run.step - 1) % report_every + 1
+            spent, began = time.monotonic() - began, time.monotonic()
+            scores = None
+            if validate is not None and (run.step % validate_every == 0 or last):
+                scores = validate(run.denoiser("ema"))
+                run.consider(scores)
+                began = time.monotonic()
+            means = {name: value / count for name, value in sums.items()}
+            yield Progress(run.step, settings.steps, spent, count * settings.batch, means, scores)
+            sums = {}
+        if last or time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+            run.save()
+            saved = time.monotonic()
+
+
+def _optimise(run: Run, canvases: Tensor, labels: Tensor) -> dict[str, float]:
+    """One optimiser step; returns this process's mean losses."""
+    settings, accelerator = run.settings, run.accelerator
+    torch.manual_seed(mix(settings.seed, run.step, accelerator.process_index))  # dropout
+    parts = [part[accelerator.process_index :: accelerator.num_processes].chunk(settings.accumulate)
+             for part in _draw(run, canvases, labels)]  # fmt: skip
+    sums = dict.fromkeys(Losses._fields, 0.0)
+    for index, part in enumerate(zip(*parts, strict=True)):
+        final = index == len(parts[0]) - 1
+        with accelerator.autocast(), _syncing(run, final):
+            losses = run.model(*part)
+            accelerator.backward(losses.total / len(parts[0]))
+        for name, value in losses._asdict().items():
+            sums[name] += value.item() / len(parts[0])
+    accelerator.clip_grad_norm_(run.model.parameters(), settings.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return sums
+
+
+def _syncing(run: Run, final: bool):  # type: ignore[no-untyped-def]
+    """Gradients are averaged over processes once, with the last part of a batch."""
+    return torch.enable_grad() if final else run.accelerator.no_sync(run.model)
+
+
+def _draw(run: Run, canvases: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The whole batch of this step: clean images, noise, sigma, labels."""
+    settings = run.settings
+    generator = torch.Generator(canvases.device).manual_seed(mix(settings.seed, run.step))
+    chosen = torch.from_numpy(batch_indices(run.data, settings, run.step)).to(canvases.device)
+    clean = augment(
+        to_tensor(canvases[chosen]), settings.preprocess.size, settings.augmentation, generator
+    )
+    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
+    sigma = training_sigmas(len(clean), settings.sigma_mean, settings.sigma_std, generator)
+    return clean, noise, sigma, labels[chosen]
+
+
+def batch_indices(data: TrainingSet, settings: TrainSettings, step: int) -> Int[np.ndarray, " b"]:
+    """Which images make up the batch of a step: every epoch is one shuffled, balanced pass."""
+    steps_an_epoch = max(1, len(data.labels) // settings.batch)
+    epoch, place = divmod(step, steps_an_epoch)
+    order = _epoch(data.labels.tobytes(), settings.balance, mix(settings.seed, epoch, 1))
+    return np.take(order, range(place * settings.batch, (place + 1) * settings.batch), mode="wrap")
+
+
+@lru_cache(maxsize=1)
+def _epoch(labels: bytes, balance: float, seed: int) -> Int[np.ndarray, " n"]:
+    """Indices of an epoch: class c comes up in proportion to count_c^(1 - balance)."""
+    every = np.frombuffer(labels, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    _, inverse, counts = np.unique(every, return_inverse=True, return_counts=True)
+    share = counts ** (1.0 - balance)
+    copies = (len(every) * share / share.sum() / counts)[inverse]
+    times = np.floor(copies + rng.random(len(every))).astype(int)
+    return rng.permutation(np.repeat(np.arange(len(every)), times))
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def write_classes(run: Run) -> None:
+    """Write the names of the classes beside the settings."""
+    (run.folder / "classes.json").write_text(json.dumps(run.data.classes))

@@ -1,0 +1,138 @@
+"""Everything that decides a training run, as one frozen model.
+
+The field descriptions are the help text; presets are values; `--set a.b=1` overrides one field. A
+run folder keeps its settings in settings.yaml, and going on with other settings is refused, except
+for `steps`, which may grow: the learning rate is constant until the last part of the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cytodiffusion.data.images import Preprocess
+from cytodiffusion.data.transforms import Augmentation
+from cytodiffusion.errors import SettingsError
+from cytodiffusion.networks.compact import Form
+
+
+class NetworkSettings(BaseModel):
+    """Shape of the network, apart from what the data decide (size and number of classes)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    form: Form = Field("heads", description="a head for each class, or the class as an input")
+    unshuffle: int = Field(4, ge=1, description="pixels folded into channels, in each direction")
+    width: int = Field(48, ge=8, description="channels of the first level")
+    multipliers: tuple[int, ...] = Field((1, 2, 4), description="channels of each level / width")
+    blocks: int = Field(2, ge=1, description="residual blocks a level, down and up")
+    attention: int = Field(8, ge=0, description="largest grid side with self-attention")
+    head_width: int = Field(32, ge=1, description="hidden channels of each head")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout inside the residual blocks")
+
+
+class TrainSettings(BaseModel):
+    """One training run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: NetworkSettings = NetworkSettings()
+    preprocess: Preprocess = Preprocess()
+    augmentation: Augmentation = Augmentation()
+
+    steps: int = Field(10_000, ge=1, description="optimiser steps")
+    batch: int = Field(32, ge=1, description="images an optimiser step, over all processes")
+    accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
+    balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam, after warm-up")
+    warmup: int = Field(200, ge=0, description="steps over which the learning rate rises")
+    cooldown: float = Field(0.3, ge=0, le=1, description="last share of the run: falls to zero")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the running mean of the weights")
+
+    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the images")
+    sigma_mean: float = Field(-0.9, description="mean of ln sigma")
+    sigma_std: float = Field(1.3, gt=0, description="standard deviation of ln sigma")
+    any_weight: float = Field(0.5, ge=0, description="weight of the 'any cell' head (heads)")
+    classification: float = Field(0.1, ge=0, description="weight of the classification term (heads)")
+    sharpness: float = Field(300.0, gt=0, description="first beta of the classification term")
+    label_dropout: float = Field(0.15, ge=0, lt=1, description="labels hidden (conditional)")
+
+    precision: str = Field("no", pattern="^(no|bf16|fp16)$", description="mixed precision")
+    seed: int = Field(0, ge=0, description="decides every random number of the run")
+    checkpoint_minutes: float = Field(3, gt=0, description="between two checkpoints")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "steps": 300,
+        "network": {"width": 16, "multipliers": (1, 2), "blocks": 1, "head_width": 8},
+        "preprocess": {"size": 32},
+        "warmup": 20,
+        "ema": 0.99,
+    },
+    "cpu": {},
+    "gpu": {
+        "steps": 40_000,
+        "batch": 256,
+        "network": {"width": 64, "multipliers": (1, 2, 3)},
+        "precision": "bf16",
+        "ema": 0.9995,
+    },
+    "gpu-large": {
+        "steps": 40_000,
+        "batch": 256,
+        "network": {"width": 64, "multipliers": (1, 2, 3)},
+        "preprocess": {"size": 128},
+        "precision": "bf16",
+        "ema": 0.9995,
+    },
+}
+
+
+def make_settings(preset: str = "cpu", changes: list[str] | None = None) -> TrainSettings:
+    """A preset with `a.b=value` changes laid over it. Raises SettingsError naming the field."""
+    if preset not in PRESETS:
+        raise SettingsError(f"There is no preset '{preset}'. There are: {', '.join(PRESETS)}.")
+    values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(PRESETS[preset])))
+    for change in changes or []:
+        name, separator, value = change.partition("=")
+        if not separator:
+            raise SettingsError(f"'{change}' is not name=value; try for example steps=5000.")
+        place = values
+        *outer, last = name.strip().split(".")
+        for part in outer:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise SettingsError(f"'{part}' in '{change}' has no fields of its own.")
+        place[last] = yaml.safe_load(value)
+    return _validated(values, f"preset {preset}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _validated(values: Any, source: str) -> TrainSettings:
+    try:
+        return TrainSettings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"Setting '{where}' ({source}): {first['msg']}.") from error
+
+
+def load_settings(path: Path) -> TrainSettings:
+    """Read settings.yaml of a run."""
+    return _validated(yaml.safe_load(path.read_text()), str(path))
+
+
+def dump_settings(settings: BaseModel) -> str:
+    """Settings as YAML, in the order in which they are declared."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
