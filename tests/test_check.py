@@ -124,6 +124,26 @@ def test_blank_pictures_are_named_and_are_no_copies_of_each_other() -> None:
     assert report.modes == {"L": 3}
 
 
+def test_faint_pictures_are_blank_however_alike() -> None:
+    faint = np.tile(np.arange(40, dtype=np.uint8) // 10, (40, 1))
+    other = faint.copy()
+    other[0, 0] = 1
+    report = check(
+        [sample(f"{i}", stored(Image.fromarray(x))) for i, x in enumerate((faint, other))]
+    )
+    assert report.blank == ["0", "1"]
+    assert report.near == []
+
+
+def test_the_same_hash_is_no_proof() -> None:
+    ramp = np.linspace(0, 1, 96)
+    curves = [np.tile(255 * ramp**power, (96, 1)).astype(np.uint8) for power in (0.5, 1, 3)]
+    samples = [sample(f"{i}", stored(Image.fromarray(curve))) for i, curve in enumerate(curves)]
+    assert dhash(Image.fromarray(curves[0])) == dhash(Image.fromarray(curves[1])) == 2**64 - 1
+    assert {name for pair in check(samples).near for name in pair.names} <= {"0", "1"}
+    assert len(check(samples, min_correlation=0).near) == 3
+
+
 def test_unreadable_tiny_and_unlabelled() -> None:
     whole = stored(picture(1), "JPEG", quality=90)
     samples = [

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,9 +66,7 @@ class Model:
         """Classes in the order of the columns."""
         return self.classifier.classes
 
-    def prepare(
-        self, data: bytes, crop: float | None = None
-    ) -> tuple[Float[Tensor, "c h w"], str]:
+    def prepare(self, data: bytes, crop: float | None = None) -> tuple[Float[Tensor, "c h w"], str]:
         """An image file's bytes -> the network's input and the file's sha256.
 
         `crop` overrides the bundle's centre crop (1.0 takes the whole image). Raises UnreadableImage.
@@ -187,7 +184,7 @@ def save_bundle(folder: Path, parts: Parts) -> None:
         part.mkdir(parents=True)
         _write(part, parts)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        part.replace(folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OutputError(
@@ -248,7 +245,9 @@ def _write_vectors(path: Path, denoiser: EDMDenoiser, size: int, classes: Classe
     y, x = np.mgrid[:size, :size] / size - 0.5
     discs = [np.hypot(x, y) < radius for radius in (0.2, 0.3, 0.4)]
     colours = np.array([[120, 60, 150], [160, 120, 180], [90, 40, 110]])
-    pixels = np.stack([np.where(d, c[:, None, None], 220) for d, c in zip(discs, colours, strict=True)])
+    pixels = np.stack(
+        [np.where(d, c[:, None, None], 220) for d, c in zip(discs, colours, strict=True)]
+    )
     pixels = pixels.astype(np.uint8)
     np.savez(path, pixels=pixels, errors=_vector_errors(denoiser, pixels, len(classes) + 1))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -193,7 +192,7 @@ class Table:
             for suffix, write in (("csv", pa_csv.write_csv), ("parquet", parquet.write_table)):
                 path = self.folder / f"predictions.{suffix}"
                 write(table, path.with_suffix(".tmp"))
-                os.replace(path.with_suffix(".tmp"), path)
+                path.with_suffix(".tmp").replace(path)
             self.part.unlink(missing_ok=True)
 
 

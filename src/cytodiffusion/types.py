@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -34,7 +34,9 @@ class Classes:
 
     def __post_init__(self) -> None:
         if len(set(self.names)) != len(self.names):
-            raise LabelError(f"A class is named twice: {', '.join(self.names)}. Give each one name.")
+            raise LabelError(
+                f"A class is named twice: {', '.join(self.names)}. Give each one name."
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -58,6 +60,7 @@ class Classes:
         return self.names.index(name)
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """Guesses the clean image behind a noisy one, once for each class it might be."""
 
@@ -114,7 +117,7 @@ class ErrorTable:
             "seed": self.seed,
             "model": self.model,
         }
-        with open(path, "wb") as file:
+        with Path(path).open("wb") as file:
             np.savez_compressed(
                 file, errors=self.errors, sigmas=self.sigmas, meta=np.array(json.dumps(meta))
             )

@@ -53,7 +53,9 @@ class AnomalyModel:
         return (1 + at_least) / (1 + len(self.scores))
 
     def _strangeness(self, errors: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-        both = np.stack([distance(pattern(errors), self.means, self.precision), doubt(probabilities)])
+        both = np.stack(
+            [distance(pattern(errors), self.means, self.precision), doubt(probabilities)]
+        )
         return (both / self.units[:, None]).sum(0)
 
 
@@ -69,7 +71,9 @@ def doubt(probabilities: Float[np.ndarray, "m k"]) -> Float[np.ndarray, " m"]:
 
 
 def distance(
-    g: Float[np.ndarray, "m f"], means: Float[np.ndarray, "k f"], precision: Float[np.ndarray, "f f"]
+    g: Float[np.ndarray, "m f"],
+    means: Float[np.ndarray, "k f"],
+    precision: Float[np.ndarray, "f f"],
 ) -> Float[np.ndarray, " m"]:
     """a1: Mahalanobis distance to the nearest class mean."""
     gaps = g[:, None] - means[None]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ ALARM = 0.01  # share of normal cells that may be called anomalous
 COVERAGE = 0.95  # of the conformal sets
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Reads probabilities and strangeness off measured errors."""
 
@@ -74,11 +75,12 @@ class RaceReader:
 
     def probabilities(self, errors: np.ndarray) -> Float[np.ndarray, "n k"]:
         """softmax(-E_c / temperature); a class that left the race ranks behind those that did not."""
-        return softmax(-last_standing(errors[:, :, :-1], self.sigmas) / self.temperature, axis=1)
+        scores = last_standing(errors[:, :, :-1], self.sigmas[: errors.shape[1]])
+        return softmax(-scores / self.temperature, axis=1)
 
     def anomaly(self, errors: np.ndarray, probabilities: np.ndarray) -> Float[np.ndarray, " n"]:
         """1 / (1 + exp(zeta)): the paper's score, turned so that higher is stranger."""
-        return 1 / (1 + np.exp(zeta(errors[:, :, :-1], self.sigmas)))
+        return 1 / (1 + np.exp(zeta(errors[:, :, :-1], self.sigmas[: errors.shape[1]])))
 
     def p_value(self, anomaly: np.ndarray) -> Float[np.ndarray, " n"]:
         """Share of held-out cells at least as strange."""
@@ -121,6 +123,20 @@ class Reading:
             "anomalous" if p <= ALARM else "ok" if alone else "uncertain"
             for p, alone in zip(self.anomaly_p, single, strict=True)
         ]
+
+    def restrict(self, names: Sequence[str]) -> Reading:
+        """The same reading with only these classes to answer with; probabilities are rescaled.
+
+        Raises LabelError for a class that the model does not know.
+        """
+        chosen = [self.classes.index(name) for name in names]
+        kept = self.probabilities[:, chosen].clip(1e-300)
+        return replace(
+            self,
+            classes=Classes(tuple(names)),
+            probabilities=kept / kept.sum(1, keepdims=True),
+            sets=self.sets[:, chosen],
+        )
 
     def answers(self) -> list[Answer]:
         """One `Answer` for each cell."""

@@ -56,9 +56,9 @@ def measure(
     """Errors of every image in every trial, for `columns` labels: the classes, then "any cell".
 
     After each trial `policy` is shown the errors so far (the classes only) and says which classes
-    are still in; what has left is not computed again and stays NaN. An image with one class left is
-    done. `together` says that all labels come from one pass, so that an image is either computed
-    whole or not at all; otherwise every living (image, label) pair is a pass of its own.
+    are still in; what has left stays NaN from then on. An image with one class left is done.
+    `together` says that all labels come from one pass, so that an image is either computed whole or
+    not at all; otherwise every living (image, label) pair is a pass of its own. Both give the same.
     """
     errors = np.full((len(images), len(draws), columns), np.nan, dtype=np.float32)
     alive = np.ones((len(images), columns), dtype=bool)
@@ -75,7 +75,7 @@ def measure(
                 noise = draws.noise(t, [digests[i] for i in rows], tuple(images.shape[1:]))
                 labels = torch.arange(columns, device=images.device).expand(len(rows), -1)
                 found = squared_errors(denoiser, clean, noise.to(clean), trial.sigma, labels)
-                errors[rows, t] = found.float().cpu().numpy()
+                errors[rows, t] = np.where(alive[rows], found.float().cpu().numpy(), np.nan)
         else:
             which, label = np.nonzero(pairs)
             for part in np.split(np.arange(len(which)), range(batch, len(which), batch)):

@@ -21,8 +21,8 @@ from cytodiffusion.classify.calibrate import choose_trials, fit_prefix, folds, n
 from cytodiffusion.classify.classifier import Budget, PrefixReader, RaceReader
 from cytodiffusion.classify.conformal import lac_scores
 from cytodiffusion.classify.draws import Draws, stratified
-from cytodiffusion.classify.evidence import Pose, measure
-from cytodiffusion.classify.race import PaperRace, paper_draws
+from cytodiffusion.classify.evidence import Policy, Pose, measure
+from cytodiffusion.classify.race import PaperRace
 from cytodiffusion.types import Denoiser
 
 TRIALS = {"fast": 2, "balanced": 4, "full": 12}
@@ -36,27 +36,28 @@ class Plan:
     low: float = 0.04  # lowest noise level, image units
     high: float = 6.0  # highest
     search: int = 4  # trials placed by greedy search; the rest follow in an even spread
-    race_cells: int = 160  # held-out cells for the paper's race; 0 leaves that budget out
-    race_most: int = 2000  # most trials of the race
+    race_cells: int = 160  # held-out cells for the paper's race
+    race_trials: int = 200  # most trials of the race while it is fitted
+    race_most: int = 2000  # most trials of the race in use
     seed: int = 0
 
 
 def measure_in_parts(
     denoiser: Denoiser,
     images: Float[Tensor, "n c h w"],
+    digests: list[str],
     draws: Draws,
     classes: int,
     poses: tuple[Pose, ...],
     together: bool,
-    part: int = 64,
-    digests: list[str] | None = None,
+    policy: Policy | None = None,
+    part: int = 32,
 ) -> Iterator[Float[np.ndarray, "m t k1"]]:
     """Errors of `part` images at a time."""
-    names = digests or [str(i) for i in range(len(images))]
     for start in range(0, len(images), part):
         yield measure(
-            denoiser, images[start : start + part], names[start : start + part], draws,
-            classes + 1, poses=poses, together=together,
+            denoiser, images[start : start + part], digests[start : start + part], draws,
+            classes + 1, poses=poses, policy=policy, together=together,
         )  # fmt: skip
 
 
@@ -79,26 +80,24 @@ def order_trials(
 
 def fit_budgets(
     errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan
-) -> dict[str, Budget]:
-    """Budgets `fast`, `balanced` and `full` from the measured candidates."""
+) -> Iterator[tuple[str, Budget, Float[np.ndarray, "n k"]]]:
+    """Name, budget and out-of-fold probabilities of `fast`, `balanced` and `full`."""
     order = order_trials(errors, truth, plan)
     every = candidates(plan)
     draws = replace(every, trials=tuple(every.trials[t] for t in order))
-    return {
-        name: fit_budget(draws.first(count), errors[:, order[:count]], truth)
-        for name, count in TRIALS.items()
-        if count <= len(order)
-    }
+    for name, count in TRIALS.items():
+        if count <= len(order):
+            yield name, *fit_budget(draws.first(count), errors[:, order[:count]], truth)
 
 
 def fit_budget(
     draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"]
-) -> Budget:
-    """One budget; what it is judged by comes from fits without the cell."""
+) -> tuple[Budget, Float[np.ndarray, "n k"]]:
+    """One budget, and the probabilities it is judged by: from fits without the cell."""
     probabilities = out_of_fold(errors[:, :, :-1], truth)
     posterior = fit_prefix(errors[:, :, :-1], truth)
     reader = PrefixReader(posterior, fit_anomaly(errors, truth, probabilities))
-    return Budget(draws, reader, np.sort(lac_scores(probabilities, truth)))
+    return Budget(draws, reader, np.sort(lac_scores(probabilities, truth))), probabilities
 
 
 def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np.ndarray, " m"]:
@@ -111,33 +110,24 @@ def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np
 
 
 def fit_race(
-    denoiser: Denoiser,
-    images: Float[Tensor, "n c h w"],
-    digests: list[str],
-    truth: Int[np.ndarray, " n"],
-    classes: int,
-    poses: tuple[Pose, ...],
-    together: bool,
-    plan: Plan,
-) -> Budget:
-    """The budget `paper`."""
-    draws = paper_draws(plan.race_most, plan.seed)
-    race = PaperRace(draws)
-    errors = measure(
-        denoiser, images, digests, draws, classes + 1, poses=poses, policy=race, together=together
-    )
+    errors: Float[np.ndarray, "m t k1"], truth: Int[np.ndarray, " m"], race: PaperRace
+) -> tuple[Budget, Float[np.ndarray, "m k"]]:
+    """The budget `paper` from races that were run, and the probabilities it is judged by."""
+
+    def reader(log_temperature: float, scores: np.ndarray) -> RaceReader:
+        return RaceReader(race.draws.sigmas, float(np.exp(log_temperature)), scores)
 
     def missed(log_temperature: float, part: np.ndarray) -> float:
-        reader = RaceReader(draws.sigmas, float(np.exp(log_temperature)), np.zeros(0))
-        return nll(reader.probabilities(errors[part]), truth[part])
+        read = reader(log_temperature, np.zeros(0)).probabilities(errors[part])
+        return nll(read, truth[part])
 
-    def fitted(part: np.ndarray) -> RaceReader:
-        best = minimize_scalar(missed, args=(part,), bounds=(-8, 4), method="bounded")
-        return RaceReader(draws.sigmas, float(np.exp(best.x)), np.zeros(0))
+    def fitted(part: np.ndarray) -> float:
+        return float(minimize_scalar(missed, args=(part,), bounds=(-8, 4), method="bounded").x)
 
-    scores = np.zeros(len(truth))
+    judged = np.zeros((len(truth), errors.shape[2] - 1))
     for fit, held in folds(truth):
-        scores[held] = lac_scores(fitted(fit).probabilities(errors[held]), truth[held])
-    reader = fitted(np.arange(len(truth)))
-    strange = np.sort(reader.anomaly(errors, reader.probabilities(errors)))
-    return Budget(draws, replace(reader, scores=strange), np.sort(scores), race)
+        judged[held] = reader(fitted(fit), np.zeros(0)).probabilities(errors[held])
+    best = fitted(np.arange(len(truth)))
+    strange = np.sort(reader(best, np.zeros(0)).anomaly(errors, judged))
+    conformal = np.sort(lac_scores(judged, truth))
+    return Budget(race.draws, reader(best, strange), conformal, race), judged

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy import stats
+from scipy.special import stdtr
 
 from cytodiffusion.classify.draws import POSES, Draws, Trial
 from cytodiffusion.diffusion.noise import scaled_linear_alpha_bar, sigma_of_alpha_bar, time_of_sigma
@@ -57,7 +57,7 @@ def keep(
     gap = weighted - np.take_along_axis(weighted, leader[:, None, None], 2)
     with np.errstate(invalid="ignore", divide="ignore"):
         t = gap.mean(1) / (gap.std(1, ddof=1) / np.sqrt(gap.shape[1]))
-    p = 2 * stats.t.sf(np.abs(t), gap.shape[1] - 1)
+    p = 2 * stdtr(gap.shape[1] - 1, -np.abs(t))
     leads = np.arange(weighted.shape[2]) == leader[:, None]
     return leads | ~(p < alpha)
 
@@ -83,7 +83,9 @@ def paper_weight(sigmas: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
 def standing(errors: Float[np.ndarray, "n t k"], sigmas: np.ndarray) -> Float[np.ndarray, "n k"]:
     """E_c of the paper: mean over the trials a class ran, relative to the mean class (low is best)."""
     weighted = errors * paper_weight(sigmas)[None, :, None]
-    relative = weighted - np.nanmin(np.where(np.isnan(weighted), np.inf, weighted), 2, keepdims=True)
+    relative = weighted - np.nanmin(
+        np.where(np.isnan(weighted), np.inf, weighted), 2, keepdims=True
+    )
     ran = ~np.isnan(errors)
     mean = np.where(ran, relative, 0).sum(1) / np.maximum(ran.sum(1), 1)
     return mean / np.maximum(mean.mean(1, keepdims=True), 1e-12)

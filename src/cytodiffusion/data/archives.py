@@ -35,8 +35,8 @@ def open_archive(path: Path) -> Tree:
         files = _zip_files(path) if path.suffix.lower() == ".zip" else _tar_files(path)
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise DataError(
-            f"The archive {path} cannot be read ({one_line(error)}). It may be damaged or half downloaded: "
-            "fetch it again, or unpack it and give the folder."
+            f"The archive {path} cannot be read ({one_line(error)}). It may be damaged or half "
+            "downloaded: fetch it again, or unpack it and give the folder."
         ) from error
     return Tree(path, _unwrap(files))
 

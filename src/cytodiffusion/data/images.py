@@ -112,11 +112,11 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def to_tensor(pixels: np.ndarray | Tensor) -> Float[Tensor, "..."]:
+def to_tensor(pixels: np.ndarray | Tensor) -> Float[Tensor, ...]:
     """8-bit values -> [-1, 1]."""
     return torch.as_tensor(pixels).float() / 127.5 - 1
 
 
-def to_pixels(images: Float[Tensor, "..."]) -> UInt8[np.ndarray, "..."]:
+def to_pixels(images: Float[Tensor, ...]) -> UInt8[np.ndarray, ...]:
     """[-1, 1] -> 8-bit values, rounded; what is outside the range is cut off."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()

@@ -210,7 +210,7 @@ def _read_manifest(tree: Tree, name: str, data: bytes) -> list[Sample]:
     try:
         text = data.decode("utf-8-sig")
         lines = _json_lines(text) if name.lower().endswith("l") else _csv_lines(text)
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise DataError(
             f"The manifest {where} cannot be read ({error}). It must be UTF-8 text: CSV with a "
             "first line path,label or one JSON object a line."

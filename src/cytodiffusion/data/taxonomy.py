@@ -22,6 +22,13 @@ from cytodiffusion.errors import LabelError
 
 DEFAULT = Path(__file__).with_name("taxonomy.yaml")
 
+LOINC_NOTICE = """\
+# This material contains content from LOINC (http://loinc.org). LOINC is copyright (c) Regenstrief
+# Institute, Inc. and the Logical Observation Identifiers Names and Codes (LOINC) Committee and is
+# available at no cost under the license at http://loinc.org/license. LOINC(R) is a registered
+# United States trademark of Regenstrief Institute, Inc.
+"""
+
 
 class CellClass(BaseModel):
     """One line of the table."""
@@ -110,6 +117,17 @@ class Taxonomy:
         """Whether a class is in the denominator of a differential. Raises LabelError if unknown."""
         return self._class(name).counts_in_differential
 
+    def dump(self) -> str:
+        """The taxonomy as the text of a file that `load` reads back unchanged."""
+        entries = [
+            entry.model_dump(mode="json", exclude_defaults=True) for entry in self.classes.values()
+        ]
+        content: dict[str, Any] = {"classes": entries}
+        if self.panel_loinc is not None:
+            content = {"panel_loinc": self.panel_loinc, **content}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None)
+        return f"{LOINC_NOTICE}\n{text}"
+
     def _class(self, label: str) -> CellClass:
         name = self.canonical(label)
         if name is None:
@@ -132,7 +150,7 @@ def _singular(word: str) -> str:
 
 def _parse(path: Path) -> _Table:
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise LabelError(
             f"The taxonomy {path} cannot be read ({error}). Give the path of a YAML file."

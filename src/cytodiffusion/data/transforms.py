@@ -89,7 +89,9 @@ def _moves(
     count: int, settings: Augmentation, generator: torch.Generator
 ) -> Float[Tensor, "n 2 3"]:
     """One affine matrix an image: turn, zoom and shift; the identity for those left alone."""
-    moved = (torch.rand(count, generator=generator, device=generator.device) < settings.affine).float()
+    moved = (
+        torch.rand(count, generator=generator, device=generator.device) < settings.affine
+    ).float()
     angle = moved * _uniform(count, math.pi, generator)
     zoom = (moved * _uniform(count, settings.zoom, generator)).exp()
     shift = moved[:, None] * 2 * _uniform(2 * count, settings.shift, generator).view(count, 2)
@@ -112,9 +114,7 @@ def resample(
 
 def random_poses(images: Tensor, generator: torch.Generator) -> Tensor:
     """Give every image one of the eight poses."""
-    which = torch.randint(
-        len(POSES), (len(images),), generator=generator, device=generator.device
-    )
+    which = torch.randint(len(POSES), (len(images),), generator=generator, device=generator.device)
     turned = torch.empty_like(images)
     for index, pose in enumerate(POSES):
         chosen = which == index

@@ -39,7 +39,7 @@ def training_sigmas(
 
 def karras_sigmas(
     count: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Float[Tensor, " n+1"]:
+) -> Float[Tensor, " {count}+1"]:
     """Levels for a sampler with `count` steps, falling, with a final 0."""
     ramp = torch.linspace(0, 1, count, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)

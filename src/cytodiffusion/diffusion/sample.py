@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -59,7 +60,7 @@ def sample(
     """
     image = noise * sigmas[0]
     gamma = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for here, there in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for here, there in pairwise(sigmas):
         raised = here * (1 + gamma)
         if gamma:
             fresh = torch.randn(image.shape, generator=generator, device=image.device)

@@ -35,6 +35,7 @@ from cytodiffusion.evaluate.intervals import (
 Truth: TypeAlias = Int[np.ndarray, " n"]
 Probabilities: TypeAlias = Float[np.ndarray, "n k"]
 Sets: TypeAlias = Bool[np.ndarray, "n k"]
+Unchecked: TypeAlias = np.ndarray  # of any shape: `_check` says what is wrong with it
 
 BINS = 15  # of the calibration error (Guo et al. 2017)
 SMALLEST = 1e-12  # a probability below this counts as this much in `nll`, which stays finite
@@ -198,9 +199,9 @@ def aurc(truth: Truth, probabilities: Probabilities) -> float:
 
 def summarise(
     truth: Truth,
-    probabilities: Probabilities,
+    probabilities: Unchecked,
     classes: Iterable[str],
-    sets: Sets | None = None,
+    sets: Unchecked | None = None,
     *,
     seed: int = 0,
     draws: int = DRAWS,
@@ -380,7 +381,7 @@ def _sorted(
 
 
 def _check(
-    truth: Truth, probabilities: Probabilities, names: tuple[str, ...], sets: Sets | None
+    truth: Truth, probabilities: Unchecked, names: tuple[str, ...], sets: Unchecked | None
 ) -> None:
     n, k = len(truth), len(names)
     if n == 0:

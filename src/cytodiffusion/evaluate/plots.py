@@ -1,7 +1,7 @@
 """Two pictures of a set of answers, as SVG text to put into a page.
 
-The reliability diagram asks whether "90 % sure" is right nine times in ten; the risk-coverage curve,
-how many mistakes are left when only the most certain cells are answered.
+The reliability diagram asks whether "90 % sure" is right nine times in ten; the risk-coverage
+curve, how many mistakes are left when only the most certain cells are answered.
 
 The colours are names (`currentColor`, `var(--accent)`) that the page gives a value, so that one
 picture serves light, dark and paper. The text is text. The same numbers give the same bytes.
@@ -51,7 +51,7 @@ def _diagonal(axes: Axes, bins: list[ReliabilityBin]) -> None:
     axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.5)
     axes.errorbar(confidence, share, [low, high], fmt="none", ecolor=ACCENT, alpha=0.5)
     axes.plot(confidence, share, color=ACCENT, marker="o", markersize=5, linestyle="none")
-    axes.set(ylabel="share right", ylim=(0, 1.02))
+    axes.set(ylabel="share right", ylim=(-0.02, 1.02))
 
 
 def risk_coverage_curve(truth: Truth, probabilities: Probabilities) -> str:
@@ -75,7 +75,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.set_layout_engine("constrained")
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg")
     return _for_page(text.getvalue(), name)
 
 

@@ -11,6 +11,7 @@ also says how good the answers were.
 from __future__ import annotations
 
 import base64
+import contextlib
 import math
 import os
 from collections import Counter
@@ -30,6 +31,8 @@ from cytodiffusion.evaluate.metrics import binomial_interval
 GALLERY = 48  # pictures of flagged cells
 MISTAKES = 24  # pictures of confident mistakes
 LISTED = 2000  # rows of the table of all cells; flagged cells are listed however many they are
+DASH = "\N{EN DASH}"
+PERCENT = "\N{NO-BREAK SPACE}%"
 FLAGS = ("anomalous", "uncertain", "unreadable")
 
 # What a headline number is called, how it is written, and how to read it.
@@ -42,9 +45,9 @@ HEADLINES = (
     ("nll", "Negative log-likelihood", "number", "nats, lower is better"),
     ("brier", "Brier score", "number", "0 to 2, lower is better"),
     ("coverage", "Conformal coverage", "percent", "sets that hold the right class"),
-    ("mean_set_size", "Conformal set size", "number", "classes, lower is better"),
-    ("passes_per_cell", "Network passes", "number", "a cell"),
-    ("cells_per_second", "Speed", "number", "cells a second"),
+    ("mean_set_size", "Conformal set size", "short", "classes, lower is better"),
+    ("passes_per_cell", "Network passes", "short", "a cell"),
+    ("cells_per_second", "Speed", "short", "cells a second"),
 )
 
 
@@ -105,7 +108,7 @@ def render(
     strangers = sorted((c for c in cells if c.flag in FLAGS[:2]), key=_strangest)
     readable = sorted((c for c in cells if c.flag != "unreadable"), key=_strangest)
     mistakes = _mistakes(readable, classes)
-    return _template().render(
+    page = _template().render(
         title=title,
         notes=notes,
         facts=facts,
@@ -123,9 +126,10 @@ def render(
         foreign=Counter(c.label for c in readable if c.label and c.label not in classes),
         plots=_plots(rows, classes),
         readable=readable,
-        listed=readable[:LISTED],
+        limit=LISTED,
         labelled=any(c.label for c in cells),
     )
+    return str(page).lstrip()
 
 
 # ------------------------------------------------------------------------------------- the parts
@@ -218,12 +222,12 @@ def _plots(rows: Sequence[Mapping[str, Any]], classes: tuple[str, ...]) -> dict[
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return DASH if value is None else f"{100 * value:.1f}{PERCENT}"
 
 
 def _plain(value: float | None) -> str:
     if value is None:
-        return "–"
+        return DASH
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
@@ -231,10 +235,14 @@ def _interval(bounds: Sequence[float] | None, style: str = "percent") -> str:
     if bounds is None:
         return ""
     low, high = (FORMATS[style](bound) for bound in bounds)
-    return f"{low.removesuffix(' %')} – {high}"
+    return f"{low.removesuffix(PERCENT)} {DASH} {high}"
 
 
-FORMATS = {"percent": _percent, "number": _plain}
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+FORMATS = {"percent": _percent, "number": _plain, "short": _short}
 
 
 def _number(value: Any) -> float | None:
@@ -268,7 +276,8 @@ def _replace(path: Path, content: bytes) -> None:
         part.write_bytes(content)
         os.replace(part, path)  # noqa: PTH105
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise OutputError(
             f"Cannot write the report {path}: {error.strerror or error}. "
             "Give a folder that can be written and has room."

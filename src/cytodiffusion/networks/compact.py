@@ -3,18 +3,19 @@
 PixelUnshuffle folds p x p pixels into channels, so that a 64 px cell is worked on as a 16 x 16 grid.
 The same trunk comes in two forms:
 
-    heads         one trunk, then a small head for each class and one for "any cell": all guesses
-                  from one pass
+    heads         one trunk and one guess for "any cell"; a small head for each class says by how
+                  much its guess departs from that: all guesses from one pass
     conditional   the class is an input of every block: one pass for each class
 
-In the conditional form label K, one past the classes, means "any cell".
+The last layer also sees the noisy pixels themselves, so that the trunk need not carry them. Label K,
+one past the classes, means "any cell".
 """
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -149,25 +150,36 @@ class Trunk(nn.Module):
             nn.ModuleList(stage(2 * width, width, side) for _ in blocks)
             for width, side in zip(widths, sides, strict=True)
         )
-        self.grow = nn.ModuleList(
-            nn.Conv2d(coarse, fine, 1) for fine, coarse in pairwise(widths)
-        )
+        self.grow = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairwise(widths))
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         kept = []
-        for level, stages in enumerate(self.down):
+        for level in range(len(self.down)):
             x = self.shrink[level - 1](x) if level else x
-            for stage in stages:  # type: ignore[attr-defined]
+            for stage in cast(nn.ModuleList, self.down[level]):
                 x = stage(x, embedding)
                 kept.append(x)
         x = self.middle(x, embedding)
         for level in reversed(range(len(self.up))):
-            for stage in self.up[level]:  # type: ignore[union-attr]
+            for stage in cast(nn.ModuleList, self.up[level]):
                 x = stage(torch.cat([x, kept.pop()], dim=1), embedding)
             if level:
                 fine = kept[-1].shape[-2:]
                 x = functional.interpolate(self.grow[level - 1](x), size=fine)
         return x
+
+
+class Change(nn.Module):
+    """By how much the guess of each class departs from the guess for "any cell"."""
+
+    def __init__(self, settings: CompactSettings, pixels: int) -> None:
+        super().__init__()
+        self.classes, hidden = settings.classes, settings.classes * settings.head_width
+        self.spread = nn.Conv2d(settings.width, hidden, 3, padding=1)
+        self.out = _zero(nn.Conv2d(hidden, settings.classes * pixels, 1, groups=settings.classes))
+
+    def forward(self, grid: Float[Tensor, "n f g g"]) -> Float[Tensor, "n k p g g"]:
+        return self.out(functional.silu(self.spread(grid))).unflatten(1, (self.classes, -1))
 
 
 class CompactNetwork(nn.Module):
@@ -186,16 +198,13 @@ class CompactNetwork(nn.Module):
         self.stem = nn.Conv2d(pixels, settings.width, 3, padding=1)
         self.trunk = Trunk(settings, embedding)
         self.norm = _norm(settings.width)
-        heads = 1 if conditional else settings.classes + 1
-        hidden = heads * settings.head_width
-        self.head = nn.Sequential(
-            nn.Conv2d(settings.width, hidden, 3, padding=1),
-            nn.SiLU(),
-            _zero(nn.Conv2d(hidden, heads * pixels, 1, groups=heads)),
-        )
+        self.base = _zero(nn.Conv2d(settings.width + pixels, pixels, 3, padding=1))
+        self.change = None if conditional else Change(settings, pixels)
 
     def features(
-        self, image: Float[Tensor, "n c h w"], log_sigma: Float[Tensor, " n"],
+        self,
+        image: Float[Tensor, "n c h w"],
+        log_sigma: Float[Tensor, " n"],
         label: Int[Tensor, " n"] | None = None,
     ) -> Float[Tensor, "n f g g"]:
         """What the trunk makes of a scaled noisy image, before the heads."""
@@ -212,11 +221,19 @@ class CompactNetwork(nn.Module):
         log_sigma: Float[Tensor, " n"],
         labels: Int[Tensor, "n k"],
     ) -> Float[Tensor, "n k c h w"]:
-        (n, k), fold = labels.shape, self.settings.unshuffle
+        n, k = labels.shape
+        label = None
         if self.label is not None:
-            repeated = image.repeat_interleave(k, dim=0)
-            grid = self.features(repeated, log_sigma.repeat_interleave(k), labels.flatten())
-            return functional.pixel_shuffle(self.head(grid), fold).view(n, k, *image.shape[1:])
-        every = functional.pixel_shuffle(self.head(self.features(image, log_sigma)), fold)
-        every = every.view(n, -1, *image.shape[1:])
-        return every[torch.arange(n, device=labels.device)[:, None], labels]
+            image = image.repeat_interleave(k, dim=0)
+            log_sigma = log_sigma.repeat_interleave(k)
+            label = labels.flatten()
+        grid = self.features(image, log_sigma, label)
+        folded = functional.pixel_unshuffle(image, self.settings.unshuffle)
+        guess = self.base(torch.cat([grid, folded], dim=1))
+        if self.change is None:
+            return self._pixels(guess).view(n, k, *image.shape[1:])
+        every = torch.cat([guess[:, None] + self.change(grid), guess[:, None]], dim=1)
+        return self._pixels(every[torch.arange(n, device=labels.device)[:, None], labels])
+
+    def _pixels(self, folded: Tensor) -> Tensor:
+        return functional.pixel_shuffle(folded, self.settings.unshuffle)

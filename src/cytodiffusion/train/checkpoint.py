@@ -9,7 +9,6 @@ a run that is killed at any moment can go on.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def save_checkpoint(
             save_file(plain, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps({"step": step, **state}))
         shutil.rmtree(folder / str(step), ignore_errors=True)
-        os.replace(part, folder / str(step))
+        part.replace(folder / str(step))
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OutputError(

@@ -103,14 +103,19 @@ class Learner(nn.Module):
 class Run:
     """Weights, optimiser, running mean and step of one training run, and its folder."""
 
-    def __init__(self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto"):
+    def __init__(
+        self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto"
+    ):
         self.folder, self.settings, self.data = folder, settings, data
         self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
         torch.manual_seed(settings.seed)
         self.learner = Learner(settings, len(data.classes)).to(self.accelerator.device)
         self.ema = EMA(self.learner, settings.ema)
         self.optimizer = torch.optim.AdamW(
-            self.learner.parameters(), betas=(0.9, 0.99), weight_decay=settings.weight_decay
+            self.learner.parameters(),
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.step = 0
         self.best: dict[str, Tensor] = {}

@@ -43,7 +43,7 @@ class TrainSettings(BaseModel):
     preprocess: Preprocess = Preprocess()
     augmentation: Augmentation = Augmentation()
 
-    steps: int = Field(10_000, ge=1, description="optimiser steps")
+    steps: int = Field(7_500, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="images an optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
@@ -58,8 +58,10 @@ class TrainSettings(BaseModel):
     sigma_mean: float = Field(-0.9, description="mean of ln sigma")
     sigma_std: float = Field(1.3, gt=0, description="standard deviation of ln sigma")
     any_weight: float = Field(0.5, ge=0, description="weight of the 'any cell' head (heads)")
-    classification: float = Field(0.1, ge=0, description="weight of the classification term (heads)")
-    sharpness: float = Field(300.0, gt=0, description="first beta of the classification term")
+    classification: float = Field(
+        0.1, ge=0, description="weight of the classification term (heads)"
+    )
+    sharpness: float = Field(50.0, gt=0, description="first beta of the classification term")
     label_dropout: float = Field(0.15, ge=0, lt=1, description="labels hidden (conditional)")
 
     precision: str = Field("no", pattern="^(no|bf16|fp16)$", description="mixed precision")

@@ -1,0 +1,129 @@
+"""What every verb shares: its options, the notice, and progress that suits where it is shown.
+
+On a terminal progress is one line that is drawn over; elsewhere a plain line every ten seconds; with
+--json a JSON object on standard error. Results go to standard output, everything else to standard
+error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from cytodiffusion.errors import SettingsError
+
+T = TypeVar("T")
+NOTICE = "Research use only. Not a medical device; not for diagnosis."
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides every random number.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="A bundle folder, or the name of a shipped model.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
+Budget = Annotated[
+    str, typer.Option("--budget", help="Work for each cell: fast, balanced, full or paper.")
+]
+Crop = Annotated[
+    float | None,
+    typer.Option(
+        "--crop",
+        min=0.01,
+        max=4,
+        help="Side of the centre crop / shorter side of the image, instead of the model's own; "
+        "1 takes the whole image.",
+    ),
+]
+
+
+class Console:
+    """Prints results, notes and progress of one command."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.began = self.shown = time.monotonic()
+        self.open_line = False
+
+    def note(self, text: str) -> None:
+        """One line for the reader, on standard error."""
+        self._close_line()
+        if self.as_json:
+            typer.echo(json.dumps({"note": text}), err=True)
+        else:
+            typer.echo(text, err=True)
+
+    def result(self, values: dict[str, Any], text: str) -> None:
+        """The result: JSON or text, on standard output."""
+        self._close_line()
+        typer.echo(json.dumps(values) if self.as_json else text)
+
+    def start(self) -> None:
+        """Begin the clock of a new stage."""
+        self._close_line()
+        self.began = self.shown = time.monotonic()
+
+    def follow(self, work: Generator[int, None, T], stage: str, total: int, unit: str) -> T:
+        """Show how far `work` is, by what it yields; returns what it returns."""
+        self.start()
+        while True:
+            try:
+                self.progress(stage, next(work), total, unit)
+            except StopIteration as end:
+                return end.value
+
+    def progress(self, stage: str, done: int, total: int, unit: str, *, before: int = 0) -> None:
+        """How far a stage is; `before` of `done` were there when it began."""
+        now = time.monotonic()
+        terminal = sys.stderr.isatty() and not self.as_json
+        if done < total and now - self.shown < (0.2 if terminal else 10):
+            return
+        self.shown = now
+        rate = (done - before) / max(now - self.began, 1e-9)
+        left = (total - done) / rate if rate > 0 else None
+        if self.as_json:
+            state = {"stage": stage, "done": done, "total": total}
+            speed = {"per_second": round(rate, 2), "seconds_left": left and round(left)}
+            typer.echo(json.dumps(state | speed), err=True)
+            return
+        line = f"{stage}: {done:,} of {total:,} {unit}, {rate:.1f} {unit} a second"
+        line += f", {clock(left)} left" if left and done < total else ""
+        typer.echo(f"\r{line:<78}" if terminal else line, err=True, nl=not terminal)
+        self.open_line = terminal
+
+    def _close_line(self) -> None:
+        if self.open_line:
+            typer.echo("", err=True)
+            self.open_line = False
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def pick_device(name: str) -> str:
+    """The device to use. Raises SettingsError where the one asked for is not there."""
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if name == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there.get(name.split(":")[0], False):
+        usable = ", ".join(device for device, found in there.items() if found)
+        raise SettingsError(f"There is no device '{name}' here. Usable: auto, {usable}.")
+    return name
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

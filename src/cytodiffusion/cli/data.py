@@ -1,0 +1,91 @@
+"""`data check | split`: what is wrong with a data set, and who trains on what."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cytodiffusion.cli.console import Console, Device, Json, Seed
+
+app = typer.Typer(help="Check and split data sets.", no_args_is_help=True, rich_markup_mode=None)
+Source = Annotated[Path, typer.Argument(metavar="DIR", help="Images, in any form it reads.")]
+
+
+@app.command()
+def check(
+    source: Source,
+    tiny: Annotated[int, typer.Option(help="A class with fewer images is reported.")] = 10,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Find unreadable images, duplicates, one image under two labels, and tiny classes."""
+    from cytodiffusion.data.check import check as check_samples
+    from cytodiffusion.data.readers import read_dataset
+
+    console = Console(json)
+    samples = read_dataset(source)
+    found = check_samples(
+        samples,
+        tiny=tiny,
+        progress=lambda done: console.progress("checking", done, len(samples), "images"),
+    )
+    console.result(found.as_dict(), "\n".join(found.lines()))
+    if found.unreadable:
+        raise typer.Exit(1)
+
+
+@app.command()
+def split(
+    source: Source,
+    out: Annotated[Path, typer.Option("--out", "-o", help="CSV to write.")] = Path("splits.csv"),
+    train: Annotated[float, typer.Option(min=0, max=1)] = 0.8,
+    val: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
+    test: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
+    group: Annotated[str, typer.Option(help="auto, patient, slide or none.")] = "auto",
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Write a split: stratified, disjoint by patient or slide, duplicates on one side."""
+    from cytodiffusion.data.check import check as check_samples
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.data.split import split as deal
+    from cytodiffusion.data.split import write_split
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.predictions import writing_to
+
+    if group not in ("auto", "patient", "slide", "none"):
+        raise SettingsError(f"--group takes auto, patient, slide or none, not '{group}'.")
+    console = Console(json)
+    samples = read_dataset(source)
+    found = check_samples(
+        samples,
+        progress=lambda done: console.progress("comparing", done, len(samples), "images"),
+    )
+    bad = {name for name, _ in found.unreadable}
+    fractions = {
+        name: share for name, share in (("train", train), ("val", val), ("test", test)) if share
+    }
+    dealt = deal(
+        [sample for sample in samples if sample.name not in bad],
+        fractions,
+        seed,
+        None if group == "none" else group,  # type: ignore[arg-type]
+        found.duplicate_groups(),
+    )
+    with writing_to(out.parent):
+        write_split(dealt.rows, out)
+    counts = Counter(row.split for row in dealt)
+    for name in sorted(bad):
+        console.note(f"Not read, so in no split: {name}")
+    for note in dealt.notes:
+        console.note(note)
+    told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    values = {"out": str(out), "counts": dict(counts), "grouped_by": dealt.grouped_by}
+    console.result(values, f"{out}: {told}.")
+    if bad:
+        raise typer.Exit(1)

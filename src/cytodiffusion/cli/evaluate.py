@@ -1,0 +1,142 @@
+"""`evaluate`: how often a model is right on labelled cells, and how well it knows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Budget,
+    Console,
+    Crop,
+    Device,
+    Json,
+    ModelName,
+    Out,
+    Seed,
+    cores,
+    pick_device,
+)
+
+
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
+    out: Out,
+    model: ModelName = "pbc8",
+    splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split to evaluate on.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Restrict the answers: A,B,...")] = None,
+    budget: Budget = "balanced",
+    crop: Crop = None,
+    coverage: Annotated[float, typer.Option(help="Of the conformal sets.")] = 0.95,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure MODEL on the labelled cells of DIR: metrics.json, predictions and report.html."""
+    import time
+
+    from cytodiffusion.bundle import load
+    from cytodiffusion.cli.predict import finish, name_all, report
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.predictions import Request
+
+    console = Console(json)
+    loaded = load(model, pick_device(device))
+    loaded.classifier.budget(budget)
+    answers = tuple(name.strip() for name in classes.split(",")) if classes else None
+    names = [loaded.classes.names[loaded.classes.index(name)] for name in answers or loaded.classes]
+    found = read_dataset(source, splits=splits, split=split)
+    samples = [
+        replace(sample, label=loaded.taxonomy.resolve(sample.label, names))
+        for sample in found
+        if sample.label is not None
+    ]
+    strange = sorted({str(old.label) for old, new in zip(found, samples, strict=False)
+                      if new.label is None})  # fmt: skip
+    if len(samples) < len(found) or strange:
+        raise DataError(
+            f"{len(found) - len(samples)} images have no label and these labels are none of the "
+            f"answers {', '.join(names)}: {', '.join(strange) or '-'}. Leave them out, or restrict "
+            "the images with --splits and --split."
+        )
+    console.note(NOTICE)
+    request = Request(budget, crop, coverage, answers, workers=cores())
+    began = time.monotonic()
+    rows = name_all(loaded, samples, request, out, console, labelled=True)
+    spent = time.monotonic() - began
+    metrics = _metrics(rows, names, seed) | {
+        "budget": budget,
+        "cells_per_second": round(len(rows) / spent, 2),
+        "model": loaded.name,
+        "weights_sha256": request.fingerprint(loaded)["weights"],
+        "seed": seed,
+    }
+    _write(out / "metrics.json", metrics)
+    split_words = f" --splits {splits}" * bool(splits) + f" --split {split}" * bool(split)
+    call = f"cytodiffusion evaluate {source} -m {model} -o {out} --budget {budget}{split_words}"
+    title = f"{loaded.name} on {source.name}{f', split {split}' if split else ''}"
+    report(loaded, samples, rows, request, out, call, title, metrics)
+    _say(metrics, console)
+    finish(rows, out, Console(as_json=False) if not json else _Quiet())
+
+
+class _Quiet(Console):
+    """Only the exit code: the result has been printed."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True)
+
+    def result(self, values: dict[str, Any], text: str) -> None:
+        return
+
+
+def _metrics(rows: list[dict[str, Any]], names: list[str], seed: int) -> dict[str, Any]:
+    """The keys of metrics.json that can be read off the predictions."""
+    import hashlib
+
+    import numpy as np
+
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.evaluate.metrics import summarise
+
+    read = [row for row in rows if row["flag"] != "unreadable"]
+    if not read:
+        raise DataError("None of the images could be read, so there is nothing to measure.")
+    truth = np.array([names.index(row["label"]) for row in read])
+    probabilities = np.array([[float(row[f"prob_{name}"]) for name in names] for row in read])
+    probabilities /= probabilities.sum(1, keepdims=True)
+    sets = np.array([[name in (row["set"] or "").split("|") for name in names] for row in read])
+    together = "".join(sorted(row["sha256"] for row in read)).encode()
+    return summarise(truth, probabilities, names, sets, seed=seed) | {
+        "passes_per_cell": round(float(np.mean([row["passes"] for row in read])), 3),
+        "data_sha256": hashlib.sha256(together).hexdigest(),
+    }
+
+
+def _write(path: Path, metrics: dict[str, Any]) -> None:
+    import json
+
+    from cytodiffusion.predictions import writing_to
+
+    with writing_to(path.parent):
+        path.with_suffix(".tmp").write_text(json.dumps(metrics, indent=1) + "\n")
+        path.with_suffix(".tmp").replace(path)
+
+
+def _say(metrics: dict[str, Any], console: Console) -> None:
+    shown = ["balanced_accuracy", "accuracy", "macro_f1", "ece", "nll", "auroc_correct", "coverage"]
+    lines = []
+    for name in shown:
+        value, interval = metrics.get(name), metrics.get(f"{name}_ci95")
+        if value is not None:
+            between = f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+            lines.append(f"{name:<18} {value:.4f}{between}")
+    lines.append(f"{'passes a cell':<18} {metrics['passes_per_cell']:.1f}")
+    lines.append(f"{'cells a second':<18} {metrics['cells_per_second']:.1f}")
+    console.result(metrics, "\n".join(lines))

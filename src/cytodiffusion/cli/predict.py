@@ -1,0 +1,164 @@
+"""`predict`: a folder in, a table and a report out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Budget,
+    Console,
+    Crop,
+    Device,
+    Json,
+    ModelName,
+    Out,
+    Seed,
+    cores,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from cytodiffusion.bundle import Model
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.predictions import Request, Row
+
+
+def predict(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Images, in any form it reads.")],
+    out: Out,
+    model: ModelName = "pbc8",
+    budget: Budget = "balanced",
+    crop: Crop = None,
+    coverage: Annotated[float, typer.Option(help="Of the conformal sets.")] = 0.95,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Name the cells of INPUT: OUT/predictions.csv, .parquet and report.html.
+
+    Run again with the same OUT, it goes on where it stopped.
+    """
+    from cytodiffusion.bundle import load
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.predictions import Request
+
+    console = Console(json)
+    samples = read_dataset(source)
+    loaded = load(model, pick_device(device))
+    loaded.classifier.budget(budget)
+    request = Request(budget, crop, coverage, workers=cores())
+    console.note(NOTICE)
+    rows = name_all(loaded, samples, request, out, console)
+    call = f"cytodiffusion predict {source} -m {model} -o {out} --budget {budget}"
+    report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
+    finish(rows, out, console)
+
+
+def name_all(
+    model: Model, samples: Sequence[Sample], request: Request, out: Path, console: Console,
+    labelled: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Name every sample, going on from what OUT already holds, and write the table."""
+    from cytodiffusion.predictions import Table, name_cells
+
+    table = Table(out, request, model)
+    there = table.begin()
+    names = {path for path, _ in there}
+    todo = [sample for sample in samples if sample.name not in names or _changed(sample, there)]
+    before = len(samples) - len(todo)
+    if before:
+        console.note(f"{before:,} cells are already in {out}; going on with the rest.")
+    console.start()
+    rows = {path: row for (path, _), row in there.items()}
+    done = before
+    for batch in name_cells(model, todo, request):
+        table.append([row for row in batch if row["flag"] != "unreadable"])
+        rows.update({row["path"]: row for row in batch})
+        done += len(batch)
+        console.progress("naming", done, len(samples), "cells", before=before)
+    ordered = [dict(rows[sample.name]) for sample in samples]
+    if labelled:
+        for sample, row in zip(samples, ordered, strict=True):
+            row["label"] = sample.label
+    table.finish(ordered, extra=("label",) if labelled else ())
+    return ordered
+
+
+def _changed(sample: Sample, there: dict[tuple[str, str], Any]) -> bool:
+    """Whether the image is no longer the one that was named."""
+    import hashlib
+
+    from cytodiffusion.errors import UnreadableImage
+
+    try:
+        return (sample.name, hashlib.sha256(sample.read()).hexdigest()) not in there
+    except UnreadableImage:
+        return True
+
+
+def report(
+    model: Model, samples: Sequence[Sample], rows: list[Row], request: Request, out: Path,
+    call: str, title: str, metrics: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write OUT/report.html, with pictures of the cells that need a look."""
+    from cytodiffusion.evaluate.report import write_report
+
+    facts = {
+        "model": model.name,
+        "budget": request.budget,
+        "asked coverage of the sets": request.coverage,
+        "command": call,
+    }
+    write_report(
+        out / "report.html",
+        title=title,
+        metrics=metrics,
+        rows=rows,
+        classes=list(request.answers or model.classes.names),
+        thumbnails=_thumbnails(model, samples, rows, request),
+        facts=facts,
+        notes=[],
+    )
+
+
+def _thumbnails(
+    model: Model, samples: Sequence[Sample], rows: list[Row], request: Request, most: int = 150
+) -> dict[str, bytes]:
+    """PNGs of the strangest, the uncertain and the mistaken cells, as the network sees them."""
+    from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.data.load import load_one
+    from cytodiffusion.data.sample import png
+
+    preprocess = Preprocess(size=model.preprocess.size, crop=request.crop or model.preprocess.crop)
+    seen = [i for i, row in enumerate(rows) if row["flag"] in ("anomalous", "uncertain")]
+    seen.sort(key=lambda i: (rows[i]["flag"] != "anomalous", -float(rows[i]["anomaly"])))
+    wrong = [i for i, row in enumerate(rows) if row.get("label") and row["flag"] != "unreadable"
+             and row["label"] != row["predicted"]]  # fmt: skip
+    wrong.sort(key=lambda i: -float(rows[i]["confidence"]))
+    pictures = {}
+    for i in dict.fromkeys(seen[: most - 50] + wrong[:50]):
+        item = load_one(samples[i], preprocess)
+        if item.pixels is not None:
+            pictures[samples[i].name] = png(item.pixels.transpose(1, 2, 0).copy())
+    return pictures
+
+
+def finish(rows: list[Row], out: Path, console: Console) -> None:
+    """Say what was found; exit with 1 if some images could not be read."""
+    flags = Counter(row["flag"] for row in rows)
+    names = Counter(row["predicted"] for row in rows if row["flag"] != "unreadable")
+    for row in rows:
+        if row["flag"] == "unreadable":
+            console.note(f"Not read: {row['path']}: {row['problem']}")
+    lines = [f"{name:<22} {count:>7,}" for name, count in names.most_common()]
+    told = ", ".join(f"{count:,} {flag}" for flag, count in flags.most_common())
+    values = {"cells": len(rows), "counts": dict(names), "flags": dict(flags), "out": str(out)}
+    console.result(values, "\n".join([*lines, f"{len(rows):,} cells: {told}.", f"See {out}."]))
+    if flags["unreadable"]:
+        raise typer.Exit(1)

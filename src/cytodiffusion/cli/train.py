@@ -1,0 +1,180 @@
+"""`train`: a folder of labelled cells in, a bundle out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.console import NOTICE, Console, Device, Json, cores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.release import Pixels
+    from cytodiffusion.train.loop import Run
+    from cytodiffusion.train.settings import TrainSettings
+
+
+UNSAID = "No licence has been stated for {} yet.\n"
+
+
+def train(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")],
+    preset: Annotated[str, typer.Option(help="tiny, cpu, gpu or gpu-large.")] = "cpu",
+    splits: Annotated[
+        Path | None, typer.Option(help="CSV with path,label,split; else one is made.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting.")
+    ] = None,
+    json: Json = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Decides every random number.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train on the split `train`, calibrate on `val`, and write RUN/bundle.
+
+    Killed and run again, it goes on from its last checkpoint and ends with the same weights.
+    """
+    from cytodiffusion.train.settings import make_settings
+
+    changes = [*(change or []), *([f"seed={seed}"] if seed is not None else [])]
+    settings = make_settings(preset, changes)
+    console = Console(json)
+    console.note(NOTICE)
+    parts = split_samples(source, splits, out, settings.seed, console)
+    run, held = run_training(parts, out, settings, device, console)
+    if run is not None:
+        origin = {"data": str(source), "preset": preset, "changes": changes}
+        result = write_bundle(run, held, out / "bundle", out.name, origin, console)
+        console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
+                               f"-m {out / 'bundle'} --splits {out / 'splits.csv'} --split test "
+                               f"-o {out / 'test'}")  # fmt: skip
+
+
+def split_samples(
+    source: Path, splits: Path | None, out: Path, seed: int, console: Console
+) -> dict[str, Sequence[Sample]]:
+    """Samples of the splits train and val; a split file is made where none is given."""
+    from dataclasses import replace
+
+    from cytodiffusion.data.check import check
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.data.split import split, write_split
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.predictions import writing_to
+
+    samples = read_dataset(source, splits=splits)
+    labelled = [sample for sample in samples if sample.label is not None]
+    if not labelled:
+        raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
+    if all(sample.split is None for sample in labelled):
+        path = out / "splits.csv"
+        if not path.exists():
+            console.note("No split was given: making one (see splits.csv in the run folder).")
+            same = check(labelled, pixels=False).duplicate_groups()
+            with writing_to(out):
+                write_split(split(labelled, seed=seed, duplicates=same).rows, path)
+        labelled = read_dataset(source, splits=path)
+    parts = {name: [s for s in labelled if s.split == name] for name in ("train", "val")}
+    for name, found in parts.items():
+        if not found:
+            raise DataError(
+                f"The split '{name}' is empty. Training needs 'train', and 'val' to calibrate on."
+            )
+    unlabelled = [replace(s, split="train") for s in samples if s.label is None]
+    return {"train": [*parts["train"], *unlabelled], "val": parts["val"]}
+
+
+def run_training(
+    parts: dict[str, Sequence[Sample]], out: Path, settings: TrainSettings, device: str,
+    console: Console,
+) -> tuple[Run | None, Pixels]:  # fmt: skip
+    """Train to the end. The run is None in the helper processes of a run over several."""
+    from cytodiffusion.predictions import writing_to
+    from cytodiffusion.release import class_names, validator
+    from cytodiffusion.train.loop import Run, TrainingSet, train
+    from cytodiffusion.train.record import draw_samples, plot_progress, record
+
+    classes = class_names(parts["train"])
+    margin = settings.augmentation.margin
+    fitted = _load(parts["train"], classes, settings, margin, console, "reading train")
+    held = _load(parts["val"], classes, settings, 1.0, console, "reading val")
+    with writing_to(out):
+        run = Run(out, settings, TrainingSet(fitted.images, fitted.labels, classes), device)
+    main = run.accelerator.is_main_process
+    validate = validator(held, len(classes), settings.network.form == "heads") if main else None
+    before, began_at = run.step, run.step
+    if before:
+        console.note(f"Going on from step {before:,}.")
+    console.start()
+    every = max(50, settings.steps // 8)
+    for progress in train(run, validate=validate, validate_every=every):
+        if not main:
+            continue
+        record(run, progress)
+        console.progress("training", progress.step * settings.batch,
+                         settings.steps * settings.batch, "images",
+                         before=began_at * settings.batch)  # fmt: skip
+        if progress.validation:
+            told = ", ".join(f"{name} {value:.4f}" for name, value in progress.validation.items())
+            console.note(f"step {progress.step:,}: validation {told}")
+            plot_progress(run)
+            draw_samples(run)
+    return (run if main else None), held
+
+
+def _load(
+    samples: Sequence[Sample], classes: Sequence[str], settings: TrainSettings, margin: float,
+    console: Console, stage: str,
+) -> Pixels:  # fmt: skip
+    from cytodiffusion.release import load_pixels
+
+    found = console.follow(
+        load_pixels(samples, classes, settings.preprocess, margin, workers=cores()),
+        stage, len(samples), "images",
+    )  # fmt: skip
+    for problem in found.problems:
+        console.note(f"Not read: {problem}")
+    return found
+
+
+def write_bundle(
+    run: Run, held: Pixels, folder: Path, name: str, origin: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Calibrate the best weights on the held-out cells and write the bundle."""
+    from cytodiffusion.bundle import Parts, save_bundle
+    from cytodiffusion.classify.fit import Plan, race_part
+    from cytodiffusion.data.taxonomy import Taxonomy
+    from cytodiffusion.release import calibrate, commit, make_card
+    from cytodiffusion.types import Classes
+
+    classes, settings = Classes(run.data.classes), run.settings
+    denoiser = run.denoiser("best" if run.best else "ema").cpu()
+    together = settings.network.form == "heads"
+    plan = Plan(seed=settings.seed)
+    calibrated = console.follow(
+        calibrate(denoiser, held, len(classes), together, plan),
+        "calibrating", len(held.labels) + len(race_part(held.labels, plan.race_cells)), "cells",
+    )  # fmt: skip
+    origin = {
+        **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
+        **{"steps": run.step, "train_images": len(run.data.labels), "val_sha256": held.sha256},
+        **origin,
+    }
+    parameters = sum(weight.numel() for weight in denoiser.parameters())
+    card = make_card(
+        name, classes, settings.preprocess, settings.network.form, parameters, calibrated, origin
+    )
+    notes = {"license": UNSAID.format("these weights"), "data_license": UNSAID.format("the images")}
+    save_bundle(
+        folder,
+        Parts(
+            name=name, denoiser=denoiser, classes=classes, preprocess=settings.preprocess,
+            budgets=calibrated.budgets, taxonomy=Taxonomy.load(), card=card, origin=origin, **notes,
+        ),
+    )  # fmt: skip
+    return {"bundle": str(folder), "validation": calibrated.scores}

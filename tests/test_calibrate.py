@@ -1,0 +1,319 @@
+"""Fitted weights, conformal sets and p-values on cells drawn from a model that is known."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+
+from cytodiffusion.bundle import calibration_from_json, calibration_to_json
+from cytodiffusion.classify.anomaly import fit_anomaly, pattern
+from cytodiffusion.classify.calibrate import (
+    PrefixPosterior,
+    choose_trials,
+    fit_prefix,
+    folds,
+    nll,
+    out_of_fold,
+)
+from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
+from cytodiffusion.classify.conformal import lac_scores, lac_sets, lac_threshold
+from cytodiffusion.classify.draws import stratified
+from cytodiffusion.classify.fit import fit_budget
+from cytodiffusion.classify.race import PaperRace, paper_draws
+from cytodiffusion.data.transforms import POSES
+from cytodiffusion.errors import DataError, SettingsError
+from cytodiffusion.networks.exact import GaussianWorld
+from cytodiffusion.types import Classes, ErrorTable
+
+
+def cells(
+    count: int, weight: np.ndarray, bias: np.ndarray, seed: int = 0, shared: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Errors, and truths drawn from p(k) = softmax(b_k - sum_i w_i E_ki): the model itself.
+
+    `shared` adds what all classes of a trial have in common.
+    """
+    rng = np.random.default_rng(seed)
+    errors = rng.normal(3.0, 1.0, (count, len(weight), len(bias)))
+    errors += shared * rng.normal(size=(count, len(weight), 1))
+    logits = bias - np.einsum("mtk,t->mk", errors, weight)
+    truth = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    return errors.astype(np.float32), truth
+
+
+WEIGHT, BIAS = np.array([1.5, 0.0, 0.7]), np.array([0.5, -0.5, 0.0])
+
+
+def loss(x: np.ndarray, features: np.ndarray, truth: np.ndarray, ridge: float) -> float:
+    """The module's first equation, written out: mean NLL + ridge (|v|^2 + |b|^2)."""
+    trials = features.shape[1]
+    logits = x[trials:] - np.einsum("mtk,t->mk", features, x[:trials])
+    top = logits.max(1, keepdims=True)
+    logs = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
+    return float(-logs[np.arange(len(truth)), truth].mean() + ridge * (x @ x))
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1])
+def test_the_fit_is_the_optimum_of_the_stated_loss(ridge):
+    """Brute force, without gradients of ours, from another start."""
+    errors, truth = cells(300, WEIGHT, BIAS)
+    found = fit_prefix(errors, truth, ridge)
+    centred = errors - errors.mean(2, keepdims=True, dtype=np.float64)
+    scale = np.sqrt((centred**2).mean((0, 2)))
+    np.testing.assert_allclose(found.scale, scale, rtol=1e-4)
+    features = centred / found.scale[:, None]
+    bounds = [(0, None)] * 3 + [(None, None)] * 3
+    best = minimize(loss, np.ones(6), (features, truth, ridge), bounds=bounds, tol=1e-12)
+    x = np.concatenate([found.weight, found.bias])
+    assert loss(x, features, truth, ridge) == pytest.approx(best.fun, abs=1e-6)
+    np.testing.assert_allclose(x, best.x, atol=5e-3)
+
+
+def test_slope_is_zero_where_a_weight_is_positive_and_positive_where_it_is_zero():
+    """The conditions of Karush, Kuhn and Tucker, with finite differences."""
+    errors, truth = cells(300, np.array([1.0, 0.3, -0.8]), BIAS)
+    found = fit_prefix(errors, truth, 1e-3)
+    assert found.weight[2] == 0
+    centred = errors.astype(np.float64) - errors.mean(2, keepdims=True)
+    features, x = centred / found.scale[:, None], np.concatenate([found.weight, found.bias])
+    steps = 1e-5 * np.eye(6)
+    slope = [
+        (loss(x + h, features, truth, 1e-3) - loss(x - h, features, truth, 1e-3)) / 2e-5
+        for h in steps
+    ]
+    np.testing.assert_allclose(np.delete(slope, 2), 0, atol=2e-4)
+    assert slope[2] > 0
+
+
+def test_known_weights_are_found_again():
+    errors, truth = cells(8000, WEIGHT, BIAS, shared=2.0)
+    found = fit_prefix(errors, truth, 1e-8)
+    np.testing.assert_allclose(found.weight / found.scale, WEIGHT, atol=0.08)
+    np.testing.assert_allclose(found.bias - found.bias.mean(), BIAS - BIAS.mean(), atol=0.08)
+
+
+def test_two_classes_are_logistic_regression():
+    """With K = 2 the posterior is a logistic regression on E_0 - E_1."""
+    errors, truth = cells(2000, np.array([1.0, 0.5]), np.array([0.4, -0.4]))
+    ours = fit_prefix(errors, truth, 1e-9).probabilities(errors)
+    gaps = errors[:, :, 0] - errors[:, :, 1]
+    theirs = LogisticRegression(C=1e9, tol=1e-10).fit(gaps, truth).predict_proba(gaps)
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_what_all_classes_share_changes_no_probability():
+    errors, truth = cells(100, WEIGHT, BIAS)
+    posterior = fit_prefix(errors, truth)
+    moved = errors + np.random.default_rng(1).normal(size=(100, 3, 1)).astype(np.float32)
+    np.testing.assert_allclose(
+        posterior.probabilities(moved), posterior.probabilities(errors), atol=1e-5
+    )
+
+
+def test_probabilities_by_hand():
+    posterior = PrefixPosterior(np.array([2.0]), np.array([4.0]), np.array([0.0, np.log(3.0)]))
+    found = posterior.probabilities(np.array([[[1.0, 1.0], [9.0, 1.0]]]))  # a prefix of one
+    np.testing.assert_allclose(found, [[0.25, 0.75]])
+
+
+def test_missing_errors_are_refused():
+    errors, truth = cells(20, WEIGHT, BIAS)
+    errors[3, 1, 2] = np.nan
+    with pytest.raises(DataError, match="missing"):
+        fit_prefix(errors, truth)
+
+
+# --- out of fold ---------------------------------------------------------------------------------
+
+
+def test_every_cell_is_held_out_once():
+    truth = np.repeat([0, 1, 2], [30, 11, 7])
+    parts = list(folds(truth))
+    assert sorted(np.concatenate([held for _, held in parts])) == list(range(48))
+    for fit, held in parts:
+        assert not set(fit) & set(held)
+        assert set(truth[fit]) == {0, 1, 2}
+
+
+def test_out_of_fold_leaves_the_cell_out():
+    """A cell's errors change no weights by which its own fold is read."""
+    errors, truth = cells(60, WEIGHT, BIAS)
+    before = out_of_fold(errors, truth)
+    cell = 17
+    held = next(held for _, held in folds(truth) if cell in held)
+    poisoned = errors.copy()
+    poisoned[cell] *= np.linspace(-9, 9, 3)
+    after = out_of_fold(poisoned, truth)
+    others = np.setdiff1d(held, [cell])
+    np.testing.assert_array_equal(after[others], before[others])
+    elsewhere = np.setdiff1d(np.arange(60), held)
+    assert np.abs(after[elsewhere] - before[elsewhere]).max() > 1e-3
+
+
+def test_a_class_of_one_cell_is_refused():
+    with pytest.raises(DataError, match="at least two"):
+        list(folds(np.array([0, 0, 0, 1])))
+
+
+def test_nll_by_hand():
+    found = nll(np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([0, 1]))
+    assert found == pytest.approx((np.log(2) + np.log(10)) / 2)
+
+
+# --- which trials --------------------------------------------------------------------------------
+
+
+def test_the_informative_trial_is_chosen_first():
+    errors, truth = cells(200, np.array([0.0, 0.2, 0.0, 2.0]), np.zeros(3))
+    assert choose_trials(errors, truth, 2) == [3, 1]
+
+
+def test_a_copy_of_what_is_known_is_not_chosen_next():
+    """The greedy search looks at what a trial adds."""
+    errors, truth = cells(300, np.array([2.0, 1.0]), np.zeros(3))
+    with_copy = np.concatenate([errors[:, :1], errors], axis=1)  # 0 and 1 are the same, 2 is new
+    first, second = choose_trials(with_copy, truth, 2)
+    assert first in (0, 1)
+    assert second == 2
+
+
+def test_no_more_trials_than_there_are():
+    errors, truth = cells(60, WEIGHT, BIAS)
+    assert sorted(choose_trials(errors, truth, 9)) == [0, 1, 2]
+
+
+# --- conformal -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 60), st.floats(0.05, 0.99))
+def test_coverage_is_exact_for_exchangeable_scores(count, asked):
+    """Of the n + 1 ways to call one score the new one, k = ceil((n + 1) coverage) are covered."""
+    scores = np.random.default_rng(count).permutation(count + 1).astype(float) / (count + 2)
+    covered = sum(
+        scores[i] <= lac_threshold(np.delete(scores, i), asked) for i in range(count + 1)
+    )
+    assert covered == min(int(np.ceil((count + 1) * asked)), count + 1)
+    assert covered / (count + 1) >= asked
+
+
+def test_coverage_of_simulated_cells():
+    errors, truth = cells(6000, WEIGHT, BIAS)
+    probabilities = PrefixPosterior(np.ones(3), WEIGHT, BIAS).probabilities(errors)
+    threshold = lac_threshold(lac_scores(probabilities, truth)[:3000], 0.9)
+    sets = lac_sets(probabilities[3000:], threshold)
+    assert sets[np.arange(3000), truth[3000:]].mean() == pytest.approx(0.9, abs=0.025)
+    assert 1 < sets.sum(1).mean() < 3
+
+
+def test_too_few_scores_let_every_class_in():
+    threshold = lac_threshold(np.array([0.1, 0.2]), 0.95)
+    assert lac_sets(np.array([[0.0, 0.3, 0.7]]), threshold).all()
+
+
+@pytest.mark.parametrize("asked", [0.0, 1.0, -2.0, 95.0])
+def test_coverage_must_be_a_share(asked):
+    with pytest.raises(SettingsError, match="0 and 1"):
+        lac_threshold(np.zeros(3), asked)
+
+
+# --- anomaly -------------------------------------------------------------------------------------
+
+
+def table(count: int, seed: int, strange: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Errors of K = 3 classes and "any cell": the own class is better by a factor of two or so."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 3, count)
+    logs = rng.normal(0, 0.2, (count, 4, 4)) - 2
+    logs[np.arange(count), :, truth] -= 0.7
+    logs[:, ::2, 0] += strange
+    logs[:, 1::2, 1] += strange
+    errors = np.exp(logs + rng.normal(0, 1, (count, 4, 1))).astype(np.float32)
+    logits = -3 * (logs[:, :, :3]).sum(1)
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return errors, truth, powers / powers.sum(1, keepdims=True)
+
+
+def test_p_values_of_normal_cells_are_uniform_and_of_strangers_small():
+    model = fit_anomaly(*table(800, 1))
+    errors, _, probabilities = table(1500, 2)
+    p = model.p_value(model.anomaly(errors, probabilities))
+    assert stats.kstest(p, "uniform").statistic < 0.06
+    errors, _, probabilities = table(200, 3, strange=3.0)
+    anomaly = model.anomaly(errors, probabilities)
+    assert (model.p_value(anomaly) <= 1 / 801 + 1e-9).all()
+    assert ((anomaly >= 0) & (anomaly <= 1)).all()
+
+
+def test_p_value_by_hand():
+    """(1 + held-out cells at least as strange) / (1 + held-out cells), ties included."""
+    model = fit_anomaly(*table(60, 1))
+    scores = model.scores
+    s = np.array([scores[0] / 2, scores[0], scores[30], scores[-1], 2 * scores[-1]])
+    want = [(1 + (scores >= x * (1 - 1e-9)).sum()) / 61 for x in s]
+    np.testing.assert_allclose(model.p_value(s / (1 + s)), want)
+    assert want[-1] == pytest.approx(1 / 61)
+    assert want[0] == 1.0
+
+
+def test_stranger_cells_score_higher():
+    model = fit_anomaly(*table(300, 1))
+    means = []
+    for strange in (0.0, 0.5, 1.0, 2.0):
+        errors, _, probabilities = table(200, 4, strange)
+        means.append(model.anomaly(errors, probabilities).mean())
+    assert all(low < high for low, high in pairwise(means))
+
+
+def test_the_size_of_the_errors_is_no_anomaly():
+    """Only the pattern relative to "any cell" counts: smooth cells are easy, not strange."""
+    model = fit_anomaly(*table(300, 1))
+    errors, _, probabilities = table(50, 5)
+    found = model.anomaly(errors * np.float32(0.01), probabilities)
+    np.testing.assert_allclose(found, model.anomaly(errors, probabilities), rtol=1e-3)
+
+
+def test_pattern_by_hand():
+    errors = np.exp(np.array([[[1.0, 2.0, 0.5], [4.0, 0.0, 1.0]]]))
+    np.testing.assert_allclose(pattern(errors), [[0.5, 1.5, 3.0, -1.0]])
+
+
+# --- as JSON -------------------------------------------------------------------------------------
+
+
+def test_a_saved_calibration_gives_the_same_answers():
+    errors, truth, _ = table(200, 1)
+    budget, judged = fit_budget(stratified(4, 0.1, 2.0, seed=3, frozen=True), errors, truth)
+    draws = paper_draws(30, seed=5)
+    reader = RaceReader(draws.sigmas, 0.3, np.sort(np.random.default_rng(1).random(40)))
+    race = Budget(draws, reader, np.linspace(0, 0.9, 40), PaperRace(draws, least=8, alpha=0.01))
+    budgets = {"balanced": budget, "paper": race}
+    again = calibration_from_json(json.loads(json.dumps(calibration_to_json(budgets))))
+    assert again["balanced"].draws == budget.draws
+    assert again["paper"].draws == draws
+    assert again["paper"].policy == race.policy
+
+    world, classes = GaussianWorld(torch.zeros(3, 3, 2, 2), 1.0), Classes(("a", "b", "c"))
+    names = tuple(str(i) for i in range(200))
+    wide = np.tile(errors, (1, 8, 1))[:, :30]
+    for name, numbers, sigmas in (
+        ("balanced", errors, budget.draws.sigmas),
+        ("paper", wide, draws.sigmas),
+    ):
+        measured = ErrorTable(numbers, sigmas, names, classes, 0, "m")
+        first, second = (
+            Classifier(world, classes, these, POSES).read(measured, name)
+            for these in (budgets, again)
+        )
+        np.testing.assert_allclose(first.probabilities, second.probabilities, atol=1e-5)
+        np.testing.assert_allclose(first.anomaly, second.anomaly, atol=1e-4)
+        np.testing.assert_allclose(first.anomaly_p, second.anomaly_p, atol=0.011)
+        assert (first.sets == second.sets).mean() > 0.99
+        assert first.predicted.tolist() == second.predicted.tolist()
+    assert nll(judged, truth) < np.log(3)
