@@ -135,7 +135,7 @@ def test_missing_errors_are_refused():
 
 def test_every_cell_is_held_out_once():
     truth = np.repeat([0, 1, 2], [30, 11, 7])
-    parts = list(folds(truth))
+    parts = list(folds(truth, 3))
     assert sorted(np.concatenate([held for _, held in parts])) == list(range(48))
     for fit, held in parts:
         assert not set(fit) & set(held)
@@ -147,7 +147,7 @@ def test_out_of_fold_leaves_the_cell_out():
     errors, truth = cells(60, WEIGHT, BIAS)
     before = out_of_fold(errors, truth)
     cell = 17
-    held = next(held for _, held in folds(truth) if cell in held)
+    held = next(held for _, held in folds(truth, 3) if cell in held)
     poisoned = errors.copy()
     poisoned[cell] *= np.linspace(-9, 9, 3)
     after = out_of_fold(poisoned, truth)
@@ -157,9 +157,11 @@ def test_out_of_fold_leaves_the_cell_out():
     assert np.abs(after[elsewhere] - before[elsewhere]).max() > 1e-3
 
 
-def test_a_class_of_one_cell_is_refused():
+@pytest.mark.parametrize(("truth", "classes"), [([0, 0, 0, 1], 2), ([0, 0, 1, 1], 3)])
+def test_a_class_of_fewer_than_two_cells_is_refused(truth, classes):
+    """Also one that has none at all: every cell would be normal to a model without its mean."""
     with pytest.raises(DataError, match="at least two"):
-        list(folds(np.array([0, 0, 0, 1])))
+        list(folds(np.array(truth), classes))
 
 
 def test_nll_by_hand():
@@ -196,9 +198,7 @@ def test_no_more_trials_than_there_are():
 def test_coverage_is_exact_for_exchangeable_scores(count, asked):
     """Of the n + 1 ways to call one score the new one, k = ceil((n + 1) coverage) are covered."""
     scores = np.random.default_rng(count).permutation(count + 1).astype(float) / (count + 2)
-    covered = sum(
-        scores[i] <= lac_threshold(np.delete(scores, i), asked) for i in range(count + 1)
-    )
+    covered = sum(scores[i] <= lac_threshold(np.delete(scores, i), asked) for i in range(count + 1))
     assert covered == min(int(np.ceil((count + 1) * asked)), count + 1)
     assert covered / (count + 1) >= asked
 
@@ -247,7 +247,7 @@ def test_p_values_of_normal_cells_are_uniform_and_of_strangers_small():
     assert stats.kstest(p, "uniform").statistic < 0.06
     errors, _, probabilities = table(200, 3, strange=3.0)
     anomaly = model.anomaly(errors, probabilities)
-    assert (model.p_value(anomaly) <= 1 / 801 + 1e-9).all()
+    assert model.p_value(anomaly).max() < 0.01
     assert ((anomaly >= 0) & (anomaly <= 1)).all()
 
 

@@ -46,7 +46,9 @@ def test_one_bit_is_black_and_white():
     np.testing.assert_array_equal(found, np.where(RGB[..., :1] > 127, 255, 0).repeat(3, 2))
 
 
-@pytest.mark.parametrize(("top", "full"), [(65535, 65535), (4095, 4095), (40000, 65535), (255, 255)])
+@pytest.mark.parametrize(
+    ("top", "full"), [(65535, 65535), (4095, 4095), (40000, 65535), (255, 255)]
+)
 def test_16_bits_are_scaled_by_their_own_range(top, full):
     """8, 12 or 16 bits: the smallest that holds the brightest pixel."""
     grey = np.array([[0, top // 2, top]], dtype=np.uint16)
@@ -157,11 +159,15 @@ def bomb(side: int) -> bytes:
     """A PNG that says it is `side` pixels square, with next to nothing in it."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     body = zlib.compress(b"\x00" * 10_000)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("side", [int(MAX_PIXELS**0.5) + 1, 60_000])

@@ -20,7 +20,16 @@ from cytodiffusion.data.transforms import (
 
 IMAGE = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
 NOTHING = Augmentation(
-    poses=False, affine=0, zoom=0, shift=0, brightness=0, contrast=0, hue=0, stain=0, blur=0, noise=0
+    poses=False,
+    affine=0,
+    zoom=0,
+    shift=0,
+    brightness=0,
+    contrast=0,
+    hue=0,
+    stain=0,
+    blur=0,
+    noise=0,
 )
 IDENTITY = torch.eye(2, 3)[None]
 

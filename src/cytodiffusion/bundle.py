@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,6 +44,10 @@ from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.types import Classes
 
 FORMAT = 1
+FILES = (
+    "config.json", "model.safetensors", "preprocess.json", "labels.yaml", "calibration.json",
+    "card.md", "LICENSE", "data_license.txt", "test_vectors.npz",
+)  # fmt: skip
 ZOO = Path(__file__).parent / "zoo"
 DEFAULT_MODEL = "pbc8"
 VECTOR_SIGMAS = (0.1, 0.5, 2.0)
@@ -185,10 +190,10 @@ def save_bundle(folder: Path, parts: Parts) -> None:
         _write(part, parts)
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OutputError(
-            f"The bundle cannot be written to {folder} ({error.strerror or error}). Free some space "
+            f"The bundle cannot be written to {folder} ({error}). Free some space "
             "or choose another folder."
         ) from error
 
@@ -220,7 +225,27 @@ def _write(folder: Path, parts: Parts) -> None:
     (folder / "data_license.txt").write_text(parts.data_license)
     denoiser = _denoiser(config, half)
     _write_vectors(folder / "test_vectors.npz", denoiser, parts.preprocess.size, parts.classes)
-    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    _write_checksums(folder)
+
+
+def replace_texts(folder: Path, texts: dict[str, str]) -> None:
+    """Write the card or the licences of a bundle anew, and its checksums.
+
+    Raises ModelError for a file that is not one of these: nothing else of a bundle may change.
+    """
+    check_files(folder)
+    for name, text in texts.items():
+        if name not in ("card.md", "LICENSE", "data_license.txt"):
+            raise ModelError(
+                f"{name} is no text of a bundle; card.md, LICENSE, data_license.txt are."
+            )
+        (folder / name).write_text(text)
+    _write_checksums(folder)
+
+
+def _write_checksums(folder: Path) -> None:
+    names = sorted(path for path in folder.iterdir() if path.name != "checksums.json")
+    checksums = {path.name: _sha256(path) for path in names}
     (folder / "checksums.json").write_text(json.dumps(checksums, indent=1) + "\n")
 
 
@@ -274,13 +299,13 @@ def shipped() -> list[str]:
 def check_files(folder: Path) -> None:
     """Raises ChangedBundle if a file is missing, changed, or not listed."""
     try:
-        listed: dict[str, str] = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:
+        listed: dict[str, str] = dict(json.loads((folder / "checksums.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise ChangedBundle(
             f"{folder} has no readable checksums.json, so it cannot be trusted. Copy the bundle again."
         ) from error
     present = {path.name for path in folder.iterdir()} - {"checksums.json"}
-    for name in sorted(listed.keys() | present):
+    for name in sorted(listed.keys() | present | set(FILES)):
         if name not in present:
             problem = "is missing"
         elif name not in listed:
@@ -337,7 +362,7 @@ def verify(model: str | Path) -> float:
         pixels, wanted = vectors["pixels"], vectors["errors"]
     found = _vector_errors(loaded.denoiser, pixels, len(loaded.classes) + 1)
     worst = float(np.abs(found / wanted - 1).max())
-    if worst > TOLERANCE:
+    if not worst <= TOLERANCE:  # also where it is no number
         raise ModelError(
             f"{loaded.folder} does not give its test vectors here: errors differ by {worst:.2g} of "
             f"their value ({TOLERANCE:.2g} allowed). Try `cytodiffusion doctor`."

@@ -25,10 +25,12 @@ from pyarrow import parquet
 
 from cytodiffusion.bundle import Model
 from cytodiffusion.classify.classifier import COVERAGE, Reading
+from cytodiffusion.classify.conformal import check_coverage
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import Loaded, load_one
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import OutputError
+from cytodiffusion.types import Classes
 
 Row = dict[str, Any]
 PART = "predictions.part.csv"
@@ -44,6 +46,10 @@ class Request:
     answers: tuple[str, ...] | None = None  # restricts the classes that may be answered
     batch: int = 32
     workers: int = 2
+
+    def __post_init__(self) -> None:
+        check_coverage(self.coverage)
+        Classes(self.answers or ())  # none is named twice
 
     def fingerprint(self, model: Model) -> dict[str, Any]:
         """What decides a row, apart from the image."""
@@ -163,13 +169,14 @@ class Table:
         """Rows that are already there, by path and sha256. Raises OutputError for another request."""
         stamp = self.folder / "request.json"
         with writing_to(self.folder):
-            if stamp.exists() and json.loads(stamp.read_text()) != self.stamp:
+            if stamp.exists() and _read_stamp(stamp) != self.stamp:
                 raise OutputError(
                     f"{self.folder} holds predictions made with another model, budget, crop, coverage "
                     "or list of classes (see request.json there). Choose another folder with -o, or "
                     "delete that one."
                 )
-            stamp.write_text(json.dumps(self.stamp, indent=1) + "\n")
+            _write_whole(stamp, json.dumps(self.stamp, indent=1) + "\n")
+            _cut_torn_line(self.part)
         found = [*_read_rows(self.folder / "predictions.csv"), *_read_rows(self.part)]
         return {(row["path"], row["sha256"]): row for row in found if row["flag"] != "unreadable"}
 
@@ -200,16 +207,46 @@ def _or_none(value: Any) -> Any:
     return None if value == "" else value
 
 
+def _read_stamp(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None  # nothing that this program wrote
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what follows the last newline: a run was killed, or the disk was full, half-way."""
+    if path.exists():
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):
+            path.write_bytes(data[: data.rfind(b"\n") + 1])
+        if not path.stat().st_size:
+            path.unlink()  # the next rows bring the heading
+
+
 def _read_rows(path: Path) -> list[Row]:
-    """Rows of a predictions CSV, with numbers as numbers; a torn last line is left out."""
+    """Rows of a predictions CSV, with numbers as numbers. Raises OutputError for another table."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        names = list(reader.fieldnames or [])
-        whole = [row for row in reader if None not in row and None not in row.values()]
-    kinds = {field.name: field.type for field in schema(names)}
-    return [{name: _parsed(value, kinds[name]) for name, value in row.items()} for row in whole]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            names = list(reader.fieldnames or [])
+            whole = [row for row in reader if None not in row and None not in row.values()]
+        if missing := {"path", "sha256", "flag"} - set(names):
+            raise ValueError(f"it lacks the columns {', '.join(sorted(missing))}")
+        kinds = {field.name: field.type for field in schema(names)}
+        return [{name: _parsed(value, kinds[name]) for name, value in row.items()} for row in whole]
+    except (ValueError, csv.Error) as error:
+        raise OutputError(
+            f"{path} is not a table that this program wrote ({error}). Move it away, or choose "
+            "another folder with -o."
+        ) from error
 
 
 def _parsed(value: str, kind: pa.DataType) -> Any:

@@ -203,8 +203,9 @@ def make_card(
 def commit() -> str:
     """The commit this code is at, or the version where there is no checkout."""
     here = Path(__file__).parent
-    found = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return found.stdout.strip() or f"v{__version__}"
+    words = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        found = ""
+    return found or f"v{__version__}"

@@ -94,7 +94,7 @@ def fit_anomaly(
     """Fit on held-out cells; their own scores come from fits without them."""
     g, classes = pattern(errors), probabilities.shape[1]
     a1 = np.zeros(len(truth))
-    for fit, held in folds(truth):
+    for fit, held in folds(truth, classes):
         a1[held] = distance(g[held], *_gaussian(g[fit], truth[fit], classes))
     both = np.stack([a1, doubt(probabilities)])
     units = np.quantile(both, QUANTILE, axis=1).clip(min=1e-9)

@@ -79,14 +79,16 @@ def out_of_fold(
 ) -> Float[np.ndarray, "m k"]:
     """Probabilities of each cell from weights fitted without it."""
     probabilities = np.zeros((len(truth), errors.shape[2]))
-    for fit, held in folds(truth, seed):
+    for fit, held in folds(truth, errors.shape[2], seed):
         probabilities[held] = fit_prefix(errors[fit], truth[fit]).probabilities(errors[held])
     return probabilities
 
 
-def folds(truth: Int[np.ndarray, " m"], seed: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Stratified folds. Raises DataError where a class has fewer than two cells."""
-    smallest = int(np.unique(truth, return_counts=True)[1].min())
+def folds(
+    truth: Int[np.ndarray, " m"], classes: int, seed: int = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Stratified folds. Raises DataError where one of the classes has fewer than two cells."""
+    smallest = int(np.bincount(truth, minlength=classes).min())
     if smallest < 2:
         raise DataError(
             "Calibration needs at least two held-out cells of every class; one class has "

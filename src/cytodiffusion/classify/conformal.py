@@ -16,10 +16,15 @@ from jaxtyping import Bool, Float, Int
 from cytodiffusion.errors import SettingsError
 
 
-def lac_threshold(scores: Float[np.ndarray, " n"], coverage: float) -> float:
-    """q: the largest score that is still let in. 1.0 (every class) when there are too few scores."""
+def check_coverage(coverage: float) -> None:
+    """Raises SettingsError for what is no share between 0 and 1."""
     if not 0 < coverage < 1:
         raise SettingsError(f"Coverage must lie between 0 and 1, not {coverage}; try 0.95.")
+
+
+def lac_threshold(scores: Float[np.ndarray, " n"], coverage: float) -> float:
+    """q: the largest score that is still let in. 1.0 (every class) when there are too few scores."""
+    check_coverage(coverage)
     rank = int(np.ceil((len(scores) + 1) * coverage))
     return 1.0 if rank > len(scores) else float(np.sort(scores)[rank - 1])
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cytodiffusion.classify.draws import Draws
@@ -62,34 +62,35 @@ def measure(
     """
     errors = np.full((len(images), len(draws), columns), np.nan, dtype=np.float32)
     alive = np.ones((len(images), columns), dtype=bool)
+    shape = tuple(images.shape[1:])
     for t, trial in enumerate(draws.trials):
-        running = np.flatnonzero(alive.any(1))
-        if not len(running):
-            break
-        pose = poses[trial.pose]
-        pairs = alive[running]
-        if together:
-            blocks = np.split(running, range(batch, len(running), batch))
-            for rows in blocks:
-                clean = pose(images[rows])
-                noise = draws.noise(t, [digests[i] for i in rows], tuple(images.shape[1:]))
-                labels = torch.arange(columns, device=images.device).expand(len(rows), -1)
-                found = squared_errors(denoiser, clean, noise.to(clean), trial.sigma, labels)
-                errors[rows, t] = np.where(alive[rows], found.float().cpu().numpy(), np.nan)
-        else:
-            which, label = np.nonzero(pairs)
-            for part in np.split(np.arange(len(which)), range(batch, len(which), batch)):
-                rows = running[which[part]]
-                clean = pose(images[rows])
-                noise = draws.noise(t, [digests[i] for i in rows], tuple(images.shape[1:]))
-                labels = torch.from_numpy(label[part])[:, None].to(images.device)
-                found = squared_errors(denoiser, clean, noise.to(clean), trial.sigma, labels)
-                errors[rows, t, label[part]] = found[:, 0].float().cpu().numpy()
+        rows, labels = _passes(alive, together)
+        for start in range(0, len(rows), batch):
+            some, asked = rows[start : start + batch], labels[start : start + batch]
+            clean = poses[trial.pose](images[some])
+            noise = draws.noise(t, [digests[i] for i in some], shape).to(clean)
+            wanted = torch.from_numpy(asked).to(clean.device)
+            found = squared_errors(denoiser, clean, noise, trial.sigma, wanted)
+            errors[some[:, None], t, asked] = found.float().cpu().numpy()
+        errors[:, t][~alive] = np.nan
         if policy is not None:
+            running = alive.any(1)
             alive[running, :-1] &= policy(errors[running, : t + 1, :-1])
-            done = alive[:, :-1].sum(1) <= 1
-            alive[done] = False
+            alive[alive[:, :-1].sum(1) <= 1] = False
+            if not alive.any():
+                break
     return errors
+
+
+def _passes(
+    alive: Bool[np.ndarray, "n k"], together: bool
+) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, "p j"]]:
+    """The passes of a trial: which image each is for, and the labels it computes."""
+    if not together:
+        image, label = np.nonzero(alive)
+        return image, label[:, None]
+    running = np.flatnonzero(alive.any(1))
+    return running, np.tile(np.arange(alive.shape[1]), (len(running), 1))
 
 
 def log_evidence(

@@ -124,8 +124,9 @@ def fit_race(
     def fitted(part: np.ndarray) -> float:
         return float(minimize_scalar(missed, args=(part,), bounds=(-8, 4), method="bounded").x)
 
-    judged = np.zeros((len(truth), errors.shape[2] - 1))
-    for fit, held in folds(truth):
+    classes = errors.shape[2] - 1
+    judged = np.zeros((len(truth), classes))
+    for fit, held in folds(truth, classes):
         judged[held] = reader(fitted(fit), np.zeros(0)).probabilities(errors[held])
     best = fitted(np.arange(len(truth)))
     strange = np.sort(reader(best, np.zeros(0)).anomaly(errors, judged))

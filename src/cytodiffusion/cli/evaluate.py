@@ -52,13 +52,12 @@ def evaluate(
     answers = tuple(name.strip() for name in classes.split(",")) if classes else None
     names = [loaded.classes.names[loaded.classes.index(name)] for name in answers or loaded.classes]
     found = read_dataset(source, splits=splits, split=split)
-    samples = [
-        replace(sample, label=loaded.taxonomy.resolve(sample.label, names))
-        for sample in found
-        if sample.label is not None
-    ]
-    strange = sorted({str(old.label) for old, new in zip(found, samples, strict=False)
-                      if new.label is None})  # fmt: skip
+    named = [sample for sample in found if sample.label is not None]
+    resolved = [loaded.taxonomy.resolve(str(sample.label), names) for sample in named]
+    strange = sorted(
+        {str(s.label) for s, name in zip(named, resolved, strict=True) if name is None}
+    )
+    samples = [replace(s, label=name) for s, name in zip(named, resolved, strict=True)]
     if len(samples) < len(found) or strange:
         raise DataError(
             f"{len(found) - len(samples)} images have no label and these labels are none of the "

@@ -69,13 +69,12 @@ def name_all(
 
     table = Table(out, request, model)
     there = table.begin()
-    names = {path for path, _ in there}
-    todo = [sample for sample in samples if sample.name not in names or _changed(sample, there)]
-    before = len(samples) - len(todo)
+    rows = {sample.name: row for sample in samples if (row := _known(sample, there))}
+    todo = [sample for sample in samples if sample.name not in rows]
+    before = len(rows)
     if before:
         console.note(f"{before:,} cells are already in {out}; going on with the rest.")
     console.start()
-    rows = {path: row for (path, _), row in there.items()}
     done = before
     for batch in name_cells(model, todo, request):
         table.append([row for row in batch if row["flag"] != "unreadable"])
@@ -90,16 +89,18 @@ def name_all(
     return ordered
 
 
-def _changed(sample: Sample, there: dict[tuple[str, str], Any]) -> bool:
-    """Whether the image is no longer the one that was named."""
+def _known(sample: Sample, there: dict[tuple[str, str], Row]) -> Row | None:
+    """The row of the image as it is now; None if it was not named yet, or has changed since."""
     import hashlib
 
     from cytodiffusion.errors import UnreadableImage
 
+    if not there:
+        return None
     try:
-        return (sample.name, hashlib.sha256(sample.read()).hexdigest()) not in there
+        return there.get((sample.name, hashlib.sha256(sample.read()).hexdigest()))
     except UnreadableImage:
-        return True
+        return None
 
 
 def report(

@@ -104,7 +104,12 @@ def _read(path: Path, margin: float | None) -> list[Sample]:
 
 
 def _folder(root: Path) -> Tree:
-    return Tree(root, {name: FileBytes(root / name) for name in sorted(_walk(root))}, root)
+    """A file name can hold bytes that are no text: in the sample's name they are \\xe9 and the like."""
+    return Tree(root, {_text(name): FileBytes(root / name) for name in sorted(_walk(root))}, root)
+
+
+def _text(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,10 +36,10 @@ def save_checkpoint(
         (part / "state.json").write_text(json.dumps({"step": step, **state}))
         shutil.rmtree(folder / str(step), ignore_errors=True)
         part.replace(folder / str(step))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OutputError(
-            f"The checkpoint cannot be written to {folder} ({error.strerror or error}). Free some "
+            f"The checkpoint cannot be written to {folder} ({error}). Free some "
             "space or choose another folder, and run again: training goes on from the last one."
         ) from error
     for old in folder.iterdir():

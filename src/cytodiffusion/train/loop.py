@@ -147,6 +147,11 @@ class Run:
         if path is None:
             return
         tensors, state = load_checkpoint(path)
+        if state["classes"] != list(self.data.classes):
+            raise SettingsError(
+                f"{self.folder} was begun with the classes {', '.join(state['classes'])}. Give images "
+                "of the same classes to go on, or another folder to start anew."
+            )
         self.learner.load_state_dict(tensors["model"])
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, self._names(), tensors["optimizer"])

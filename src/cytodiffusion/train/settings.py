@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cytodiffusion.data.images import Preprocess
 from cytodiffusion.data.transforms import Augmentation
@@ -27,7 +27,9 @@ class NetworkSettings(BaseModel):
     form: Form = Field("heads", description="a head for each class, or the class as an input")
     unshuffle: int = Field(4, ge=1, description="pixels folded into channels, in each direction")
     width: int = Field(48, ge=8, description="channels of the first level")
-    multipliers: tuple[int, ...] = Field((1, 2, 4), description="channels of each level / width")
+    multipliers: tuple[int, ...] = Field(
+        (1, 2, 4), min_length=1, description="channels of each level / width"
+    )
     blocks: int = Field(2, ge=1, description="residual blocks a level, down and up")
     attention: int = Field(8, ge=0, description="largest grid side with self-attention")
     head_width: int = Field(32, ge=1, description="hidden channels of each head")
@@ -67,6 +69,16 @@ class TrainSettings(BaseModel):
     precision: str = Field("no", pattern="^(no|bf16|fp16)$", description="mixed precision")
     seed: int = Field(0, ge=0, description="decides every random number of the run")
     checkpoint_minutes: float = Field(3, gt=0, description="between two checkpoints")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSettings:
+        size, unshuffle = self.preprocess.size, self.network.unshuffle
+        if size % unshuffle:
+            raise ValueError(
+                f"preprocess.size {size} is no multiple of network.unshuffle {unshuffle}; try "
+                f"{unshuffle * round(size / unshuffle)}"
+            )
+        return self
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -111,7 +123,12 @@ def make_settings(preset: str = "cpu", changes: list[str] | None = None) -> Trai
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise SettingsError(f"'{part}' in '{change}' has no fields of its own.")
-        place[last] = yaml.safe_load(value)
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(
+                f"The value in '{change}' cannot be read; try for example steps=5000."
+            ) from error
     return _validated(values, f"preset {preset}")
 
 
@@ -127,7 +144,8 @@ def _validated(values: Any, source: str) -> TrainSettings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"Setting '{where}' ({source}): {first['msg']}.") from error
+        named = f"Setting '{where}'" if where else "The settings"
+        raise SettingsError(f"{named} ({source}): {first['msg']}.") from error
 
 
 def load_settings(path: Path) -> TrainSettings:

@@ -1,0 +1,43 @@
+"""Write docs/cli.md from the commands' own help: python docs/make_cli.py"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer.main
+from typer.testing import CliRunner
+
+from cytodiffusion.cli.main import app
+
+PAGE = Path(__file__).with_name("cli.md")
+HEAD = """# The command line
+
+Made by `make docs` from the commands' own help; do not edit.
+
+Exit codes: 0 done; 1 some inputs could not be read (the rest is done, and each is named); 2 the call
+was wrong (nothing was written).
+"""
+
+
+def render() -> str:
+    """The page as text, the same on every terminal."""
+    os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100")
+    group = typer.main.get_command(app)
+    parts = [HEAD, _help([])]
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        parts += [_help([name, word]) for word in inner] if inner else [_help([name])]
+    return "\n".join(parts)
+
+
+def _help(words: list[str]) -> str:
+    found = CliRunner().invoke(
+        app, [*words, "--help"], prog_name="cytodiffusion", terminal_width=100
+    )
+    text = "\n".join(line.rstrip() for line in found.stdout.strip().splitlines())
+    return f"## cytodiffusion {' '.join(words)}".rstrip() + f"\n\n```\n{text}\n```\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())

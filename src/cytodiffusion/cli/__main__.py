@@ -1,0 +1,5 @@
+"""`python -m cytodiffusion.cli` is `cytodiffusion`."""
+
+from cytodiffusion.cli.main import run
+
+run()

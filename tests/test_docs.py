@@ -1,0 +1,72 @@
+"""Prose that can go stale is run: README snippets, the CLI page, paths that documents name."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cytodiffusion.bundle import ZOO
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/log.md", ROOT / "CHANGELOG.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Code blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_cli_page_is_current():
+    """docs/cli.md is what `make docs` writes."""
+    made = runpy.run_path(str(ROOT / "docs/make_cli.py"))["render"]()
+    assert (ROOT / "docs/cli.md").read_text() == made, "run `make docs`"
+
+
+def test_readme_python_runs():
+    """Every Python block of the README runs in the checkout and prints something."""
+    if not (ZOO / "pbc8").exists():
+        pytest.skip("the model pbc8 is not in this checkout")
+    for code in blocks(ROOT / "README.md", "python"):
+        run = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert "eosinophil" in run.stdout
+
+
+def test_readme_commands_exist():
+    """Every verb and option that the README shows is in the CLI page."""
+    page = (ROOT / "docs/cli.md").read_text()
+    lines = [
+        line.split("#")[0].split()
+        for block in blocks(ROOT / "README.md", "sh")
+        for line in block.splitlines()
+        if line.startswith("cytodiffusion ")
+    ]
+    assert len(lines) >= 8
+    for words in lines:
+        name = " ".join(words[:3] if words[1] in ("data", "models") else words[:2])
+        assert f"## {name}\n" in page
+        section = page.split(f"## {name}\n")[1].split("\n## ")[0]
+        for word in words:
+            if word.startswith("-"):
+                assert re.search(rf"(^|[\s,]){word}\b", section), f"{name} has no {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Every relative link and every recipe that a page names is a file of the project."""
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    named = re.findall(r"\b(?:recipes|docs|examples|tests)/[\w/]+\.\w+", text)
+    for link in links:
+        assert (page.parent / link).exists(), link
+    for name in named:
+        assert (ROOT / name).exists(), name

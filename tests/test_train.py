@@ -1,0 +1,394 @@
+"""A run that learns, and one that is cut and ends with the same weights."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cytodiffusion.classify.draws import stratified
+from cytodiffusion.classify.evidence import measure
+from cytodiffusion.data.images import Preprocess, to_tensor
+from cytodiffusion.data.transforms import POSES
+from cytodiffusion.errors import OutputError, SettingsError
+from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cytodiffusion.train.ema import EMA
+from cytodiffusion.train.loop import (
+    UNLABELLED,
+    Run,
+    TrainingSet,
+    batch_indices,
+    learning_rate,
+    mix,
+    train,
+)
+from cytodiffusion.train.settings import NetworkSettings, TrainSettings, load_settings
+
+CLASSES = ("red", "green", "blue")
+
+
+def settings(**changes) -> TrainSettings:
+    network = {"unshuffle": 4, "width": 16, "multipliers": (1,), "blocks": 1, "head_width": 4}
+    network |= changes.pop("network", {})
+    small = {
+        "network": NetworkSettings(**network),
+        "preprocess": Preprocess(size=16),
+        "steps": 8,
+        "batch": 8,
+        "warmup": 2,
+        "ema": 0.9,
+        "checkpoint_minutes": 1000.0,
+    }
+    return TrainSettings(**small | changes)
+
+
+def cells(each: int = 6, size: int = 24, seed: int = 0) -> TrainingSet:
+    """Discs on grey; the colour is the class."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] - size / 2 + 0.5
+    labels = np.repeat(np.arange(3), each)
+    canvases = np.full((len(labels), 3, size, size), 128.0)
+    for canvas, label in zip(canvases, labels, strict=True):
+        disc = np.hypot(x, y) < rng.uniform(4, 6)
+        canvas[label][disc] = 230
+        canvas[(label + 1) % 3][disc] = 30
+    canvases += rng.normal(0, 10, canvases.shape)
+    return TrainingSet(canvases.clip(0, 255).astype(np.uint8), labels, CLASSES)
+
+
+def go(folder: Path, chosen: TrainSettings, stop: int | None = None, data=None) -> Run:
+    """Train to the end, or as if killed when step `stop` is reported."""
+    run = Run(folder, chosen, data or cells(), device="cpu")
+    for progress in train(run, report_every=1):
+        if progress.step == stop:
+            break
+    return run
+
+
+def state(folder: Path) -> tuple[dict, dict]:
+    return load_checkpoint(latest_checkpoint(folder / "checkpoint"))
+
+
+def assert_same(one: Path, other: Path, **tolerance: float) -> None:
+    """The same step, weights, running mean and optimiser: to the bit unless a tolerance is given."""
+    (first, said), (second, also) = state(one), state(other)
+    assert said == also
+    assert first.keys() == second.keys() == {"model", "ema", "optimizer"}
+    for part in first:
+        assert first[part].keys() == second[part].keys()
+        for name, value in first[part].items():
+            torch.testing.assert_close(
+                value, second[part][name], **tolerance or {"atol": 0, "rtol": 0}
+            )
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+def test_a_tiny_run_learns_to_name_cells(tmp_path):
+    chosen = settings(steps=120, batch=16, learning_rate=3e-3, warmup=10, sharpness=30.0)
+    run = Run(tmp_path, chosen, cells(20), device="cpu")
+    reports = list(train(run, report_every=40))
+    assert [report.step for report in reports] == [40, 80, 120]
+    assert reports[-1].losses["own"] < 0.85 * reports[0].losses["own"]
+    unseen = cells(10, size=16, seed=9)
+    errors = measure(
+        run.denoiser("ema"), to_tensor(unseen.canvases), [str(i) for i in range(30)],
+        stratified(2, 0.5, 2.0), 4, poses=POSES,
+    )  # fmt: skip
+    named = errors[:, :, :3].mean(1).argmin(1)
+    assert (named == unseen.labels).mean() > 0.9
+
+
+def test_losses_reported_are_means_since_the_last_report(tmp_path):
+    chosen = settings(steps=5)
+    first = Run(tmp_path / "a", chosen, cells(), "cpu")
+    single = [progress.losses["total"] for progress in train(first, report_every=1)]
+    grouped = list(train(Run(tmp_path / "b", chosen, cells(), "cpu"), report_every=3))
+    assert [p.step for p in grouped] == [3, 5]
+    assert [p.images for p in grouped] == [24, 16]
+    found = [p.losses["total"] for p in grouped]
+    assert found == pytest.approx([np.mean(single[:3]), np.mean(single[3:])])
+
+
+def test_the_best_weights_are_those_of_the_lowest_validation_nll(tmp_path):
+    scores = iter([3.0, 1.0, 2.0])
+    run = Run(tmp_path, settings(steps=3), cells(), device="cpu")
+    kept = {}
+    for progress in train(
+        run, report_every=1, validate_every=1, validate=lambda denoiser: {"nll": next(scores)}
+    ):
+        kept[progress.step] = run.denoiser("ema").state_dict()
+    assert run.best_score == 1.0
+    best, resumed = (
+        run.denoiser("best").state_dict(),
+        Run(tmp_path, settings(steps=3), cells(), "cpu"),
+    )
+    for name, value in best.items():
+        assert value.equal(kept[2][name])
+        assert value.equal(resumed.denoiser("best").state_dict()[name])
+    assert resumed.best_score == 1.0
+
+
+# --- cut and gone on -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["heads", "conditional"])
+def test_a_run_that_was_killed_twice_ends_with_the_same_weights(tmp_path, form):
+    """A checkpoint after every step; the kill at step n comes before that of n is written."""
+    chosen = settings(checkpoint_minutes=1e-9, network={"form": form, "dropout": 0.3})
+    go(tmp_path / "whole", chosen)
+    first, second = sorted(
+        np.random.default_rng(len(form)).choice(np.arange(2, 8), 2, replace=False)
+    )
+    for stop in (first, second, None):
+        run = go(tmp_path / "cut", chosen, stop)
+    assert run.step == 8
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_between_checkpoints(tmp_path):
+    """Steps 4 to 6 are lost and done again."""
+    chosen = settings()
+    go(tmp_path / "whole", chosen)
+    run = go(tmp_path / "cut", chosen, 3)
+    run.save()
+    for progress in train(run, report_every=1):
+        if progress.step == 6:
+            break
+    assert latest_checkpoint(tmp_path / "cut" / "checkpoint").name == "3"
+    again = Run(tmp_path / "cut", chosen, cells(), device="cpu")
+    assert again.step == 3
+    list(train(again))
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_before_the_first_checkpoint(tmp_path):
+    go(tmp_path / "whole", settings())
+    go(tmp_path / "cut", settings(), 3)
+    assert latest_checkpoint(tmp_path / "cut" / "checkpoint") is None
+    go(tmp_path / "cut", settings())
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_another_seed_gives_other_weights(tmp_path):
+    go(tmp_path / "a", settings(steps=2))
+    go(tmp_path / "b", settings(steps=2, seed=1))
+    first, second = state(tmp_path / "a")[0]["model"], state(tmp_path / "b")[0]["model"]
+    assert not all(first[name].equal(second[name]) for name in first)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    go(tmp_path, settings(steps=2))
+    before = state(tmp_path)
+    assert list(train(Run(tmp_path, settings(steps=2), cells(), device="cpu"))) == []
+    assert before[1] == state(tmp_path)[1]
+
+
+def test_other_settings_are_refused_but_for_more_steps(tmp_path):
+    go(tmp_path, settings(steps=2))
+    with pytest.raises(SettingsError, match="other settings"):
+        Run(tmp_path, settings(steps=2, learning_rate=1e-4), cells(), device="cpu")
+    assert load_settings(tmp_path / "settings.yaml") == settings(steps=2)
+    assert go(tmp_path, settings(steps=4)).step == 4
+
+
+def test_other_classes_are_refused(tmp_path):
+    """The same number of classes in another order would silently mix up the heads."""
+    go(tmp_path, settings(steps=2))
+    data = cells()
+    swapped = TrainingSet(data.canvases, data.labels, ("green", "red", "blue"))
+    with pytest.raises(SettingsError, match="red"):
+        Run(tmp_path, settings(steps=2), swapped, device="cpu")
+
+
+# --- parts and processes -------------------------------------------------------------------------
+
+
+def test_a_batch_in_two_parts_is_the_same_batch(tmp_path):
+    still = {"network": {"dropout": 0.0}, "steps": 4}
+    one = go(tmp_path / "one", settings(**still))
+    two = go(tmp_path / "two", settings(**still, accumulate=2))
+    for name, value in one.learner.state_dict().items():
+        torch.testing.assert_close(value, two.learner.state_dict()[name], atol=1e-5, rtol=1e-4)
+
+
+SCRIPT = """
+    import sys
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, sys.argv[2])
+    from test_train import go, settings
+    run = go(Path(sys.argv[1]), settings(network={"dropout": 0.0}, steps=4))
+    print("processes", run.accelerator.num_processes)
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         str(script), str(tmp_path / "two"), here],
+        capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("processes 2") == 2
+    go(tmp_path / "one", settings(network={"dropout": 0.0}, steps=4))
+    assert_same(tmp_path / "one", tmp_path / "two", atol=1e-5, rtol=1e-4)
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+def test_running_mean_by_hand():
+    """Steps 0, 1, 2: decays 1/10, 2/11 and, at the target, .2."""
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(1.0)
+    ema = EMA(layer, 0.2)
+    mean = 1.0
+    for step, (value, decay) in enumerate([(2.0, 1 / 10), (3.0, 2 / 11), (5.0, 0.2)]):
+        layer.weight.data.fill_(value)
+        ema.update(layer, step)
+        mean = decay * mean + (1 - decay) * value
+        assert ema.mean["weight"].item() == pytest.approx(mean)
+
+
+def test_running_mean_copies_whole_numbers():
+    norm = nn.BatchNorm1d(2)
+    ema = EMA(norm, 0.9)
+    norm.num_batches_tracked.fill_(7)
+    ema.update(norm, 0)
+    assert ema.mean["num_batches_tracked"].item() == 7
+
+
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [(0, 0.1), (4, 0.5), (9, 1.0), (50, 1.0), (70, 1.0), (85, 0.5), (99, 1 / 30)],
+)
+def test_learning_rate(step, share):
+    """Up over 10 steps, level, down over the last 30 of 100."""
+    chosen = settings(steps=100, warmup=10, cooldown=0.3, learning_rate=0.02)
+    assert learning_rate(step, chosen) == pytest.approx(0.02 * share)
+
+
+def test_learning_rate_without_warm_up_or_cool_down():
+    chosen = settings(steps=100, warmup=0, cooldown=0.0, learning_rate=0.02)
+    assert {learning_rate(step, chosen) for step in range(100)} == {0.02}
+
+
+UNEVEN = TrainingSet(
+    np.zeros((1000, 3, 1, 1), np.uint8), np.repeat([0, 1], [900, 100]), ("many", "few")
+)
+
+
+def epoch(balance: float, number: int = 0) -> np.ndarray:
+    chosen = settings(batch=50, balance=balance)
+    return np.concatenate([batch_indices(UNEVEN, chosen, 20 * number + i) for i in range(20)])
+
+
+@pytest.mark.parametrize(("balance", "few"), [(0.0, 0.1), (0.5, 0.25), (1.0, 0.5)])
+def test_classes_come_up_in_proportion_to_a_power_of_their_count(balance, few):
+    """900 and 100: shares 9 : 1, 3 : 1 and 1 : 1."""
+    assert (epoch(balance) >= 900).mean() == pytest.approx(few, abs=0.03)
+
+
+def test_an_epoch_shows_every_image_once():
+    first, second = epoch(0.0), epoch(0.0, 1)
+    assert sorted(first) == sorted(second) == list(range(1000))
+    assert not (first == second).all()
+
+
+def test_the_images_of_a_class_take_turns():
+    """Balanced, 500 of 100 and 500 of 900 give or take those cut off with the last batch."""
+    times = np.bincount(epoch(1.0), minlength=1000)
+    assert times[900:].min() >= 3
+    assert times[900:].max() <= 6
+    assert times[:900].max() <= 2
+
+
+def test_a_set_smaller_than_a_batch():
+    few = TrainingSet(np.zeros((3, 3, 1, 1), np.uint8), np.arange(3), CLASSES)
+    assert sorted(batch_indices(few, settings(batch=6, balance=0.0), 5)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_images_without_labels_are_trained_on(tmp_path):
+    data = cells()
+    labels = np.where(np.arange(18) % 2, data.labels, UNLABELLED)
+    run = go(tmp_path, settings(steps=2), data=TrainingSet(data.canvases, labels, CLASSES))
+    assert all(value.isfinite().all() for value in run.learner.state_dict().values())
+
+
+def test_seeds_of_steps_do_not_meet():
+    seeds = {mix(seed, step) for seed in range(20) for step in range(500)}
+    assert len(seeds) == 10_000
+    assert mix(1, 2) != mix(2, 1)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+TENSORS = {"model": {"a/b": torch.arange(3.0), "whole": torch.tensor(7)}}
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    save_checkpoint(tmp_path, 5, TENSORS, {"note": [1, "x"]})
+    tensors, said = load_checkpoint(latest_checkpoint(tmp_path))
+    assert said == {"step": 5, "note": [1, "x"]}
+    assert tensors["model"]["a/b"].equal(TENSORS["model"]["a/b"])
+    assert tensors["model"]["whole"].equal(TENSORS["model"]["whole"])
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path):
+    """10 is newer than 9; what is half written is passed over, and cleared away by the next."""
+    for step in (9, 10):
+        (tmp_path / str(step)).mkdir()
+    (tmp_path / "11.part").mkdir()
+    (tmp_path / "11.part" / "model.safetensors").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path).name == "10"
+    save_checkpoint(tmp_path, 12, TENSORS, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["12"]
+
+
+def test_a_run_goes_on_past_a_half_written_checkpoint(tmp_path):
+    chosen = settings(checkpoint_minutes=1e-9)
+    go(tmp_path / "whole", chosen)
+    go(tmp_path / "cut", chosen, 5)
+    part = tmp_path / "cut" / "checkpoint" / "5.part"
+    part.mkdir()
+    (part / "state.json").write_text(json.dumps({"step": 5}))
+    go(tmp_path / "cut", chosen)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_there_may_be_no_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+def test_what_cannot_be_written_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OutputError, match="run again"):
+        save_checkpoint(tmp_path / "file" / "checkpoint", 1, TENSORS, {})
+
+
+def test_a_full_disk_is_an_output_error_and_leaves_the_last_checkpoint(tmp_path):
+    """The system refuses to let any file grow past 2 kB: safetensors meets it, not Python."""
+    save_checkpoint(tmp_path, 1, TENSORS, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(OutputError, match="Free some"):
+            save_checkpoint(tmp_path, 2, {"model": {"big": torch.zeros(5000)}}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
