@@ -1,6 +1,7 @@
 """Fitted weights, conformal sets and p-values on cells drawn from a model that is known."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +26,8 @@ from cytodiffusion.classify.calibrate import (
 from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
 from cytodiffusion.classify.conformal import lac_scores, lac_sets, lac_threshold
 from cytodiffusion.classify.draws import stratified
-from cytodiffusion.classify.fit import fit_budget
+from cytodiffusion.classify.evidence import measure
+from cytodiffusion.classify.fit import fit_budget, fit_race
 from cytodiffusion.classify.race import PaperRace, paper_draws
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.errors import DataError, SettingsError
@@ -282,6 +284,35 @@ def test_the_size_of_the_errors_is_no_anomaly():
 def test_pattern_by_hand():
     errors = np.exp(np.array([[[1.0, 2.0, 0.5], [4.0, 0.0, 1.0]]]))
     np.testing.assert_allclose(pattern(errors), [[0.5, 1.5, 3.0, -1.0]])
+
+
+# --- the paper's race ----------------------------------------------------------------------------
+
+
+def test_the_temperature_of_the_race_is_the_best_there_is():
+    """No other of a fine grid has a lower NLL on the same cells."""
+    means = 0.25 * torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    world, truth = GaussianWorld(means, 0.3), torch.arange(3).repeat(20)
+    images = world.sample(truth, torch.Generator().manual_seed(2))
+    race = PaperRace(paper_draws(40))
+    errors = measure(
+        world,
+        images,
+        [str(i) for i in range(60)],
+        race.draws,
+        4,
+        poses=(POSES[0],) * 8,
+        policy=race,
+    )
+    budget, judged = fit_race(errors, truth.numpy(), race)
+    reader = budget.reader
+    best = nll(reader.probabilities(errors), truth.numpy())
+    for factor in np.geomspace(0.1, 10, 41):
+        other = replace(reader, temperature=reader.temperature * factor)
+        assert nll(other.probabilities(errors), truth.numpy()) >= best - 1e-3
+    np.testing.assert_allclose(judged.sum(1), 1)
+    assert best <= nll(judged, truth.numpy()) + 1e-3  # judged without the cell
+    np.testing.assert_allclose(budget.conformal, np.sort(lac_scores(judged, truth.numpy())))
 
 
 # --- as JSON -------------------------------------------------------------------------------------

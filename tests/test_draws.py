@@ -19,6 +19,13 @@ def test_noise_depends_on_seed_image_and_draw():
         assert not standard_normal(SHAPE, seed, digest, draw).equal(base)
 
 
+def test_digits_do_not_run_together():
+    """Digests are hexadecimal: seed 1 of image 23 is not seed 12 of image 3."""
+    drawn = [standard_normal(SHAPE, *key) for key in ((1, "23", 4), (12, "3", 4), (1, "2", 34))]
+    assert not drawn[0].equal(drawn[1])
+    assert not drawn[0].equal(drawn[2])
+
+
 def test_noise_does_not_depend_on_the_rest_of_the_batch_or_on_global_randomness():
     together = DRAWS.noise(2, ["a", "b", "c"], SHAPE)
     torch.manual_seed(99)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from cytodiffusion.diffusion.noise import scaled_linear_alpha_bar, sigma_of_alpha_bar
@@ -113,6 +114,11 @@ def test_edm_without_noise_trusts_the_image_and_with_much_the_network():
     large = denoiser(image, torch.full((2,), 1e6), labels)[:, 0]
     torch.testing.assert_close(small, image, atol=1e-5, rtol=0)
     torch.testing.assert_close(large, torch.full_like(image, 0.5 * 3), atol=1e-5, rtol=0)
+
+
+def test_shapes_are_checked_while_tests_run():
+    with pytest.raises(TypeCheckError):
+        EDMDenoiser(ExactEDM())(noisy(LEVELS[TIMES]), LEVELS[:3], LABELS)
 
 
 def test_all_are_denoisers():

@@ -71,6 +71,11 @@ class Model:
         """Classes in the order of the columns."""
         return self.classifier.classes
 
+    @property
+    def weights_sha256(self) -> str:
+        """sha256 of model.safetensors, as released."""
+        return str(json.loads((self.folder / "checksums.json").read_text())["model.safetensors"])
+
     def prepare(self, data: bytes, crop: float | None = None) -> tuple[Float[Tensor, "c h w"], str]:
         """An image file's bytes -> the network's input and the file's sha256.
 
@@ -257,12 +262,13 @@ def _vector_errors(
     denoiser: EDMDenoiser, pixels: np.ndarray, columns: int
 ) -> Float[np.ndarray, "n t k"]:
     """Errors of a few images at a few noise levels, with fixed noise."""
-    images = to_tensor(pixels)
-    noise = standard_normal(tuple(images.shape), 0, "test vectors", 0)
-    labels = torch.arange(columns).expand(len(images), -1)
+    device = next(denoiser.parameters()).device
+    images = to_tensor(pixels).to(device)
+    noise = standard_normal(tuple(images.shape), 0, "test vectors", 0).to(device)
+    labels = torch.arange(columns, device=device).expand(len(images), -1)
     with torch.inference_mode():
         found = [squared_errors(denoiser, images, noise, s, labels) for s in VECTOR_SIGMAS]
-    return torch.stack(found, dim=1).numpy()
+    return torch.stack(found, dim=1).cpu().numpy()
 
 
 def _write_vectors(path: Path, denoiser: EDMDenoiser, size: int, classes: Classes) -> None:
@@ -352,12 +358,12 @@ def load(model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") 
     return Model(config["name"], folder, classifier, denoiser, preprocess, taxonomy, config)
 
 
-def verify(model: str | Path) -> float:
+def verify(model: str | Path, device: str | torch.device = "cpu") -> float:
     """Recompute the test vectors; returns the largest relative difference found.
 
     Raises ChangedBundle for a changed file, ModelError where the difference is over TOLERANCE.
     """
-    loaded = load(model)
+    loaded = load(model, device)
     with np.load(loaded.folder / "test_vectors.npz", allow_pickle=False) as vectors:
         pixels, wanted = vectors["pixels"], vectors["errors"]
     found = _vector_errors(loaded.denoiser, pixels, len(loaded.classes) + 1)

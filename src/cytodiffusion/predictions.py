@@ -56,7 +56,7 @@ class Request:
         checksums = json.loads((model.folder / "checksums.json").read_text())
         return {
             "model": model.name,
-            "weights": checksums["model.safetensors"],
+            "weights": model.weights_sha256,
             "calibration": checksums["calibration.json"],
             "budget": self.budget,
             "crop": self.crop or model.preprocess.crop,

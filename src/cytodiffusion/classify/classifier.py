@@ -196,6 +196,7 @@ class Classifier:
         errors = measure(
             self.denoiser, tensor.to(self.device), names, chosen.draws, len(self.classes) + 1,
             poses=self.poses, policy=chosen.policy, together=self.together,
+            anyone=chosen.policy is None,
         )  # fmt: skip
         sigmas, seed = chosen.draws.sigmas, chosen.draws.seed
         return ErrorTable(errors, sigmas, tuple(names), self.classes, seed, self.name)

@@ -51,6 +51,7 @@ def measure(
     poses: tuple[Pose, ...],
     policy: Policy | None = None,
     together: bool = True,
+    anyone: bool = True,
     batch: int = 64,
 ) -> Float[np.ndarray, "n t k"]:
     """Errors of every image in every trial, for `columns` labels: the classes, then "any cell".
@@ -62,6 +63,7 @@ def measure(
     """
     errors = np.full((len(images), len(draws), columns), np.nan, dtype=np.float32)
     alive = np.ones((len(images), columns), dtype=bool)
+    alive[:, -1] = anyone
     shape = tuple(images.shape[1:])
     for t, trial in enumerate(draws.trials):
         rows, labels = _passes(alive, together)

@@ -57,7 +57,7 @@ def measure_in_parts(
     for start in range(0, len(images), part):
         yield measure(
             denoiser, images[start : start + part], digests[start : start + part], draws,
-            classes + 1, poses=poses, policy=policy, together=together,
+            classes + 1, poses=poses, policy=policy, together=together, anyone=policy is None,
         )  # fmt: skip
 
 

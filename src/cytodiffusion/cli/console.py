@@ -51,6 +51,7 @@ class Console:
         self.as_json = as_json
         self.began = self.shown = time.monotonic()
         self.open_line = False
+        self.unread = 0  # inputs that could not be read, so far
 
     def note(self, text: str) -> None:
         """One line for the reader, on standard error."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import typer
 
-from cytodiffusion.cli.console import Console, Json
+from cytodiffusion.cli.console import Console, Device, Json, Seed, pick_device
 
 
 class Finding(NamedTuple):
@@ -20,9 +20,9 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def doctor(json: Json = False) -> None:
+def doctor(json: Json = False, seed: Seed = 0, device: Device = "auto") -> None:
     """Check Python, the libraries, the device and the shipped models."""
-    found = [_python(), *_libraries(), _torchvision(), _device(), *_models()]
+    found = [_python(), *_libraries(), _torchvision(), _device(device), *_models(device)]
     lines = [f"{'ok ' if f.good else 'BAD'}  {f.what}: {f.told}" for f in found]
     lines += [f"     -> {f.advice}" for f in found if not f.good]
     values = {f.what: {"good": f.good, "told": f.told, "advice": f.advice} for f in found}
@@ -66,27 +66,32 @@ def _torchvision() -> Finding:
     return Finding("torchvision", True, f"{told}, not used by CytoDiffusion")
 
 
-def _device() -> Finding:
+def _device(asked: str) -> Finding:
     import torch
 
     from cytodiffusion.cli.console import cores
+    from cytodiffusion.errors import SettingsError
 
+    try:
+        pick_device(asked)
+    except SettingsError as error:
+        return Finding("device", False, str(error), "Take another --device, or install its driver.")
     told = f"cpu with {cores()} cores"
     if torch.cuda.is_available():
         told += f"; cuda: {torch.cuda.get_device_name()}"
     return Finding("device", True, told)
 
 
-def _models() -> list[Finding]:
+def _models(device: str) -> list[Finding]:
     from cytodiffusion.bundle import shipped, verify
-    from cytodiffusion.errors import ModelError
+    from cytodiffusion.errors import ModelError, SettingsError
 
     findings = []
     for name in shipped():
         try:
-            told = f"test vectors agree to {verify(name):.1e}"
+            told = f"test vectors agree to {verify(name, pick_device(device)):.1e}"
             findings.append(Finding(f"model {name}", True, told))
-        except ModelError as error:
+        except (ModelError, SettingsError) as error:
             findings.append(
                 Finding(f"model {name}", False, str(error), "Install the package anew.")
             )

@@ -33,10 +33,11 @@ app.add_typer(models.app, name="models")
 app.command("doctor")(doctor.doctor)
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -56,9 +57,10 @@ def run() -> None:
     except CytoDiffusionError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Run the same command again to go on.", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # so typer ends after Ctrl-C
+            typer.echo("Stopped. Run the same command again to go on.", err=True)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from cytodiffusion.cli.console import Console, Json
+from cytodiffusion.cli.console import Console, Device, Json, Seed, pick_device
 
 app = typer.Typer(help="List, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="A bundle folder or a shipped model.")]
 
 
 @app.command("list")
-def list_models(json: Json = False) -> None:
+def list_models(json: Json = False, seed: Seed = 0, device: Device = "auto") -> None:
     """The models that are shipped with the package."""
     import json as json_module
 
@@ -32,7 +32,7 @@ def list_models(json: Json = False) -> None:
 
 
 @app.command()
-def show(model: Name = "pbc8", json: Json = False) -> None:
+def show(model: Name = "pbc8", json: Json = False, seed: Seed = 0, device: Device = "auto") -> None:
     """The card of a model: what it was trained on, how good it is, and its limits."""
     import json as json_module
 
@@ -45,12 +45,14 @@ def show(model: Name = "pbc8", json: Json = False) -> None:
 
 
 @app.command()
-def verify(model: Name = "pbc8", json: Json = False) -> None:
+def verify(
+    model: Name = "pbc8", json: Json = False, seed: Seed = 0, device: Device = "auto"
+) -> None:
     """Check every file of a model, and that it gives its test vectors on this machine."""
     from cytodiffusion.bundle import TOLERANCE
     from cytodiffusion.bundle import verify as verify_bundle
 
-    worst = verify_bundle(model)
+    worst = verify_bundle(model, pick_device(device))
     text = f"{model}: every file is as released; test vectors agree to {worst:.1e} of their value."
     values = {"model": model, "largest_difference": worst, "tolerance": TOLERANCE}
     Console(json).result(values, text)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.console import NOTICE, Console, Device, Json, cores
+from cytodiffusion.cli.console import NOTICE, Console, Device, Json, cores, pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +43,7 @@ def train(
 
     changes = [*(change or []), *([f"seed={seed}"] if seed is not None else [])]
     settings = make_settings(preset, changes)
+    pick_device(device)  # says now what is not there
     console = Console(json)
     console.note(NOTICE)
     parts = split_samples(source, splits, out, settings.seed, console)
@@ -53,6 +54,8 @@ def train(
         console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
                                f"-m {out / 'bundle'} --splits {out / 'splits.csv'} --split test "
                                f"-o {out / 'test'}")  # fmt: skip
+    if console.unread:
+        raise typer.Exit(1)
 
 
 def split_samples(
@@ -61,9 +64,8 @@ def split_samples(
     """Samples of the splits train and val; a split file is made where none is given."""
     from dataclasses import replace
 
-    from cytodiffusion.data.check import check
     from cytodiffusion.data.readers import read_dataset
-    from cytodiffusion.data.split import split, write_split
+    from cytodiffusion.data.split import Row, write_split
     from cytodiffusion.errors import DataError
     from cytodiffusion.predictions import writing_to
 
@@ -71,22 +73,54 @@ def split_samples(
     labelled = [sample for sample in samples if sample.label is not None]
     if not labelled:
         raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
+    made, path = False, out / "splits.csv"
     if all(sample.split is None for sample in labelled):
-        path = out / "splits.csv"
-        if not path.exists():
-            console.note("No split was given: making one (see splits.csv in the run folder).")
-            same = check(labelled, pixels=False).duplicate_groups()
-            with writing_to(out):
-                write_split(split(labelled, seed=seed, duplicates=same).rows, path)
-        labelled = read_dataset(source, splits=path)
+        made = not path.exists()
+        labelled = _deal(labelled, seed) if made else read_dataset(source, splits=path)
     parts = {name: [s for s in labelled if s.split == name] for name in ("train", "val")}
     for name, found in parts.items():
         if not found:
             raise DataError(
                 f"The split '{name}' is empty. Training needs 'train', and 'val' to calibrate on."
             )
+    _check_classes(parts["train"], parts["val"])
+    if made:
+        console.note("No split was given: made one (see splits.csv in the run folder).")
+        with writing_to(out):
+            write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
     unlabelled = [replace(s, split="train") for s in samples if s.label is None]
     return {"train": [*parts["train"], *unlabelled], "val": parts["val"]}
+
+
+def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
+    """The samples with splits, in the order of a split file."""
+    from dataclasses import replace
+
+    from cytodiffusion.data.check import check
+    from cytodiffusion.data.split import split
+
+    same = check(labelled, pixels=False).duplicate_groups()
+    by_name = {sample.name: sample for sample in labelled}
+    rows = split(labelled, seed=seed, duplicates=same).rows
+    return [replace(by_name[row.name], split=row.split) for row in rows]
+
+
+def _check_classes(train: Sequence[Sample], val: Sequence[Sample]) -> None:
+    """Raises DataError where a class cannot be trained or calibrated: now, not after an hour."""
+    from collections import Counter
+
+    from cytodiffusion.data.taxonomy import Taxonomy
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.release import class_index, class_names
+
+    classes, taxonomy = class_names(train), Taxonomy.load()
+    held = Counter(classes[class_index(sample.label, classes, taxonomy)] for sample in val)
+    few = [f"{name}: {held[name]}" for name in classes if held[name] < 2]
+    if few:
+        raise DataError(
+            "Calibration needs at least two images of every class in the split 'val'; it has "
+            f"{', '.join(few)}. Give more images, or a split of your own with --splits."
+        )
 
 
 def run_training(
@@ -111,7 +145,7 @@ def run_training(
     if before:
         console.note(f"Going on from step {before:,}.")
     console.start()
-    every = max(50, settings.steps // 8)
+    every = max(50, settings.steps // 5)
     for progress in train(run, validate=validate, validate_every=every):
         if not main:
             continue
@@ -137,6 +171,7 @@ def _load(
         load_pixels(samples, classes, settings.preprocess, margin, workers=cores()),
         stage, len(samples), "images",
     )  # fmt: skip
+    console.unread += len(found.problems)
     for problem in found.problems:
         console.note(f"Not read: {problem}")
     return found

@@ -46,7 +46,7 @@ class Preprocess(BaseModel):
         left, top = ((length - side) / 2 for length in image.size)
         box = (left, top, left + side, top + side)
         small = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        return np.asarray(small).transpose(2, 0, 1)
+        return np.array(small).transpose(2, 0, 1)
 
 
 def _widen(image: Image.Image, side: float) -> Image.Image:

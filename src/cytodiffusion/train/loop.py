@@ -91,9 +91,8 @@ class Learner(nn.Module):
     def _conditional(
         self, noisy: Tensor, clean: Tensor, sigma: Tensor, labels: Tensor, weight: Tensor
     ) -> Losses:
-        """One class a pass: the label that was given, or "any cell" where it is hidden."""
-        hidden = torch.rand(len(labels), device=labels.device) < self.settings.label_dropout
-        asked = torch.where(hidden | (labels == UNLABELLED), self.classes, labels)
+        """One class a pass: the label that was given, or "any cell" where there is none."""
+        asked = torch.where(labels == UNLABELLED, self.classes, labels)
         guess = self.denoiser(noisy, sigma, asked[:, None])[:, 0]
         own = ((guess - clean).square().mean((1, 2, 3)) * weight).mean()
         zero = torch.zeros_like(own)
@@ -107,7 +106,13 @@ class Run:
         self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto"
     ):
         self.folder, self.settings, self.data = folder, settings, data
-        self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+        try:
+            self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+        except ValueError as error:
+            raise SettingsError(
+                f"This device cannot train with precision '{settings.precision}' ({error}). Try "
+                "--set precision=no."
+            ) from error
         torch.manual_seed(settings.seed)
         self.learner = Learner(settings, len(data.classes)).to(self.accelerator.device)
         self.ema = EMA(self.learner, settings.ema)
@@ -215,7 +220,8 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
             count = (run.step - 1) % report_every + 1
             spent, began = time.monotonic() - began, time.monotonic()
             scores = None
-            if validate is not None and (run.step % validate_every == 0 or last):
+            passed = run.step // validate_every > (run.step - count) // validate_every
+            if validate is not None and (passed or last):
                 scores = validate(run.denoiser("ema"))
                 run.consider(scores)
                 began = time.monotonic()
@@ -262,14 +268,20 @@ def _draw(run: Run, canvases: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
     )
     noise = torch.randn(clean.shape, generator=generator, device=clean.device)
     sigma = training_sigmas(len(clean), settings.sigma_mean, settings.sigma_std, generator)
-    return clean, noise, sigma, labels[chosen]
+    given = labels[chosen]
+    if settings.network.form == "conditional":
+        luck = torch.rand(len(given), generator=generator, device=given.device)
+        given = torch.where(luck < settings.label_dropout, UNLABELLED, given)
+    return clean, noise, sigma, given
 
 
 def batch_indices(data: TrainingSet, settings: TrainSettings, step: int) -> Int[np.ndarray, " b"]:
     """Which images make up the batch of a step: every epoch is one shuffled, balanced pass."""
     steps_an_epoch = max(1, len(data.labels) // settings.batch)
     epoch, place = divmod(step, steps_an_epoch)
-    order = _epoch(data.labels.tobytes(), settings.balance, mix(settings.seed, epoch, 1))
+    order = _epoch(
+        data.labels.astype(np.int64).tobytes(), settings.balance, mix(settings.seed, epoch, 1)
+    )
     return np.take(order, range(place * settings.batch, (place + 1) * settings.batch), mode="wrap")
 
 
@@ -287,7 +299,10 @@ def _epoch(labels: bytes, balance: float, seed: int) -> Int[np.ndarray, " n"]:
 
 def mix(*numbers: int) -> int:
     """One seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]
+        >> np.uint64(1)
+    )
 
 
 def write_classes(run: Run) -> None:

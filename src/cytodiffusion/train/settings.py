@@ -45,7 +45,7 @@ class TrainSettings(BaseModel):
     preprocess: Preprocess = Preprocess()
     augmentation: Augmentation = Augmentation()
 
-    steps: int = Field(7_500, ge=1, description="optimiser steps")
+    steps: int = Field(6_600, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="images an optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
@@ -66,7 +66,7 @@ class TrainSettings(BaseModel):
     sharpness: float = Field(50.0, gt=0, description="first beta of the classification term")
     label_dropout: float = Field(0.15, ge=0, lt=1, description="labels hidden (conditional)")
 
-    precision: str = Field("no", pattern="^(no|bf16|fp16)$", description="mixed precision")
+    precision: str = Field("no", pattern="^(no|bf16)$", description="mixed precision")
     seed: int = Field(0, ge=0, description="decides every random number of the run")
     checkpoint_minutes: float = Field(3, gt=0, description="between two checkpoints")
 
