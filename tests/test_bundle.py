@@ -128,7 +128,13 @@ def test_round_trip_gives_identical_answers(model: Model, tmp_path: Path) -> Non
         )
         for name in ("probabilities", "sets", "anomaly", "anomaly_p", "trials", "passes"):
             assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
-    same = {"calibration.json", "model.safetensors", "labels.yaml", "preprocess.json", "config.json"}
+    same = {
+        "calibration.json",
+        "model.safetensors",
+        "labels.yaml",
+        "preprocess.json",
+        "config.json",
+    }
     one, other = contents(model.folder), contents(again.folder)
     assert all(one[name] == other[name] for name in same)
 

@@ -69,6 +69,17 @@ def named(model: Model, samples: list[Sample], **request: object) -> list[Row]:
     return [row for rows in name_cells(model, samples, Request(**request)) for row in rows]
 
 
+def assert_same(one: list[Row], other: list[Row]) -> None:
+    """The same table, times left out; what else is in a batch moves the last digits only."""
+    for ours, theirs in zip(one, other, strict=True):
+        assert set(ours) == set(theirs)
+        for column in set(ours) - {"milliseconds"}:
+            if column in NUMBERS and ours[column] not in ("", None):
+                assert float(ours[column]) == pytest.approx(float(theirs[column]), abs=1e-5)
+            else:
+                assert ours[column] == theirs[column], column
+
+
 def stopped(*_: object, **__: object) -> None:
     """In the place of something that was cut before it could be done."""
     raise KeyboardInterrupt
@@ -82,7 +93,7 @@ class Calls:
 
         self.images, measure = 0, Classifier.measure
 
-        def counted(classifier, images, *args, **kwargs):  # noqa: ANN001
+        def counted(classifier, images, *args, **kwargs):
             self.images += len(images)
             return measure(classifier, images, *args, **kwargs)
 
@@ -160,13 +171,7 @@ def test_batches_and_workers_change_nothing(
     samples = read_dataset(cells)
     wanted = named(model, samples, budget="full", batch=14, workers=1)
     found = named(model, samples, budget="full", batch=batch, workers=workers)
-    for one, other in zip(wanted, found, strict=True):
-        assert set(one) == set(other)
-        for column in set(one) - {"milliseconds"}:
-            if isinstance(one[column], float):
-                assert one[column] == pytest.approx(other[column], abs=1e-5), column
-            else:
-                assert one[column] == other[column], column
+    assert_same(wanted, found)
 
 
 def test_the_order_of_the_input_changes_no_answer(model: Model, cells: Path) -> None:
@@ -242,7 +247,7 @@ def test_cut_and_run_again(
     assert again.code == 1
     assert f"{done} cells are already in" in again.err
     assert calls.images == 12 - done
-    assert timeless(rows_of(tmp_path / "cut")) == timeless(rows_of(tmp_path / "whole"))
+    assert_same(rows_of(tmp_path / "cut"), rows_of(tmp_path / "whole"))
     assert not (tmp_path / "cut" / PART).exists()
 
 
@@ -269,7 +274,7 @@ def test_more_cells_than_before(
     name(tiny, some, tmp_path / "out")
     assert calls.images == 1
     name(tiny, cells, tmp_path / "whole")
-    assert timeless(rows_of(tmp_path / "out")) == timeless(rows_of(tmp_path / "whole"))
+    assert_same(rows_of(tmp_path / "out"), rows_of(tmp_path / "whole"))
 
 
 def test_a_changed_image_is_named_anew(
@@ -360,7 +365,7 @@ def test_a_torn_last_line(
             name(tiny, folder, tmp_path / "out")
             assert calls.images == 1  # and the row it added was whole
     name(tiny, folder, tmp_path / "out")
-    assert timeless(rows_of(tmp_path / "out")) == timeless(rows_of(tmp_path / "whole"))
+    assert_same(rows_of(tmp_path / "out"), rows_of(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("left", [b"", b"path,sha2"])
@@ -369,7 +374,7 @@ def test_a_torn_heading(tiny: Tiny, cells: Path, tmp_path: Path, left: bytes) ->
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / PART).write_bytes(left)
     assert name(tiny, cells, tmp_path / "out").code == 1
-    assert timeless(rows_of(tmp_path / "out")) == timeless(rows_of(tmp_path / "whole"))
+    assert_same(rows_of(tmp_path / "out"), rows_of(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("text", ["", '{"model": "ru'])
@@ -453,7 +458,7 @@ def test_a_full_disk_half_way(
     calls = Calls(monkeypatch)
     name(tiny, cells, tmp_path / "out")
     assert calls.images == 10
-    assert timeless(rows_of(tmp_path / "out")) == timeless(rows_of(tmp_path / "whole"))
+    assert_same(rows_of(tmp_path / "out"), rows_of(tmp_path / "whole"))
 
 
 def test_a_file_that_may_not_grow(tiny: Tiny, cells: Path, tmp_path: Path) -> None:

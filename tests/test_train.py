@@ -246,7 +246,8 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("processes 2") == 2
     go(tmp_path / "one", settings(network={"dropout": 0.0}, steps=4))
-    assert_same(tmp_path / "one", tmp_path / "two", atol=1e-5, rtol=1e-4)
+    # Adam divides a gradient near zero by its own size, and so its rounding: 2 % of one step of 1e-3.
+    assert_same(tmp_path / "one", tmp_path / "two", atol=2e-5, rtol=1e-4)
 
 
 # --- the parts -----------------------------------------------------------------------------------

@@ -106,13 +106,7 @@ class Run:
         self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto"
     ):
         self.folder, self.settings, self.data = folder, settings, data
-        try:
-            self.accelerator = Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
-        except ValueError as error:
-            raise SettingsError(
-                f"This device cannot train with precision '{settings.precision}' ({error}). Try "
-                "--set precision=no."
-            ) from error
+        self.accelerator = _accelerator(settings, device)
         torch.manual_seed(settings.seed)
         self.learner = Learner(settings, len(data.classes)).to(self.accelerator.device)
         self.ema = EMA(self.learner, settings.ema)
@@ -142,7 +136,8 @@ class Run:
                     f"{self.folder} was begun with other settings (see settings.yaml there). Give "
                     "the same ones to go on, or another folder to start anew."
                 )
-        path.write_text(dump_settings(self.settings))
+        path.with_suffix(".tmp").write_text(dump_settings(self.settings))
+        path.with_suffix(".tmp").replace(path)
 
     def _names(self) -> list[str]:
         return [name for name, _ in self.learner.named_parameters()]
@@ -189,6 +184,25 @@ class Run:
         if scores["nll"] < self.best_score:
             self.best_score = scores["nll"]
             self.best = {name: value.clone() for name, value in self.ema.mean.items()}
+
+
+def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
+    """Devices and processes. Raises SettingsError where the settings do not fit them."""
+    try:
+        accelerator = Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+    except ValueError as error:
+        raise SettingsError(
+            f"This device cannot train with precision '{settings.precision}' ({error}). Try "
+            "--set precision=no."
+        ) from error
+    shares = settings.accumulate * accelerator.num_processes
+    if settings.batch % shares:
+        raise SettingsError(
+            f"A batch of {settings.batch} cannot be shared out evenly over "
+            f"{accelerator.num_processes} processes in {settings.accumulate} parts; try "
+            f"batch={shares * max(1, settings.batch // shares)}."
+        )
+    return accelerator
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:

@@ -1,0 +1,592 @@
+"""What the commands say, what they write, and the exit codes: 0 done, 1 some unread, 2 wrong call."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from helpers import CLASSES, TINY, Result, Tiny, cli, contents, disc, tiny_model, write_discs
+from PIL import Image
+
+from cytodiffusion import bundle as bundles
+from cytodiffusion.cli.main import app
+from cytodiffusion.data.sample import png
+
+CPU = ("--device", "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_model(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def shipped(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model in the place of the shipped ones."""
+    zoo = tmp_path / "zoo"
+    tiny.copy(zoo / "discs")
+    monkeypatch.setattr(bundles, "ZOO", zoo)
+    return zoo
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def leaves(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every verb with its command."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield words, command
+    for name in inner or ():
+        yield from leaves(inner[name], (*words, name))
+
+
+VERBS = dict(leaves(typer.main.get_command(app)))
+
+
+# --- every verb ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_takes_the_common_options(verb: tuple[str, ...]) -> None:
+    options = {option for parameter in VERBS[verb].params for option in parameter.opts}
+    assert {"--json", "--seed", "--device"} <= options
+    assert VERBS[verb].help, "say in one line what it does"
+
+
+def test_the_verbs_of_the_design_that_are_there() -> None:
+    names = {" ".join(verb) for verb in VERBS}
+    wanted = {"demo", "data check", "data split", "train", "predict", "evaluate", "doctor"}
+    assert wanted | {"models list", "models show", "models verify"} <= names
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["predict"],
+        ["predict", "a", "b", "-o", "c"],
+        ["predict", "--budge", "fast"],
+        ["predict", "a", "-o", "b", "--crop", "0"],
+        ["predict", "a", "-o", "b", "--crop", "wide"],
+        ["train", "a", "-o", "b", "--seed", "-1"],
+        ["data"],
+        ["data", "split", "a", "--train", "2"],
+        ["models", "verify", "--seed", "x"],
+    ],
+    ids=" ".join,
+)
+def test_a_call_that_typer_refuses(words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = cli(*words)
+    assert told.code == 2
+    assert "Traceback" not in told.out + told.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version_and_help() -> None:
+    import cytodiffusion
+
+    assert cli("--version").out.strip() == cytodiffusion.__version__
+    assert cli("--help").code == 0
+
+
+def test_the_installed_command() -> None:
+    """In a process of its own: exit code 2, one line, no traceback."""
+    words = ["-m", "cytodiffusion.cli", "data", "check", "there/is/nothing"]
+    told = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert (told.returncode, told.stdout) == (2, "")
+    assert told.stderr.startswith("Error: There is nothing at there")
+    assert told.stderr.count("\n") == 1
+
+
+# --- wrong calls write nothing -------------------------------------------------------------------
+
+WRONG_PREDICT = {
+    "no input": (["{none}"], "There is nothing at"),
+    "no images": (["{empty}"], "holds no images"),
+    "no such model": (["{cells}", "-m", "nonsense"], "There is no model 'nonsense'"),
+    "no such budget": (["{cells}", "--budget", "cheap"], "no budget 'cheap'. It has: fast"),
+    "coverage": (["{cells}", "--coverage", "1.5"], "Coverage must lie between 0 and 1"),
+    "device": (["{cells}", "--device", "abacus"], "There is no device 'abacus'"),
+    "an unreadable kind": (["{pdf}"], "is not a data set that can be read"),
+    "a broken archive": (["{zip}"], ""),
+    "a broken manifest": (["{manifest}"], "names no image"),
+}  # fmt: skip
+WRONG_EVALUATE = {
+    "unknown class": (["{cells}", "--classes", "neutrophil,blast"], "does not know the class"),
+    "class twice": (
+        ["{one}", "--classes", "neutrophil,neutrophil"], "A class is named twice"
+    ),
+    "labels outside the answers": (["{cells}", "--classes", "neutrophil"], "eosinophil, lympho"),
+    "no labels": (["{flat}"], "2 images have no label"),
+    "no such split": (["{cells}", "--split", "test"], "no images in the split 'test'"),
+    "no split file": (["{cells}", "--splits", "{none}"], "cannot be read"),
+    "splits of another set": (["{flat}", "--splits", "{splits}"], "does not have"),
+}  # fmt: skip
+WRONG_TRAIN = {
+    "preset": (["{cells}", "--preset", "huge"], "There is no preset 'huge'. There are: tiny"),
+    "no such setting": (["{cells}", "--set", "colour=1"], "Setting 'colour'"),
+    "no such inner setting": (["{cells}", "--set", "network.depth=1"], "Setting 'network.depth'"),
+    "inner setting of a number": (["{cells}", "--set", "steps.x=1"], "'steps'"),
+    "no value": (["{cells}", "--set", "steps"], "is not name=value"),
+    "a bad value": (["{cells}", "--set", "steps=many"], "Setting 'steps'"),
+    "a value out of range": (["{cells}", "--set", "steps=0"], "greater than or equal to 1"),
+    "a value that is no YAML": (["{cells}", "--set", "steps=[1"], "cannot be read"),
+    "a size that does not fit": (["{cells}", "--set", "preprocess.size=31"], "no multiple of"),
+    "no levels": (["{cells}", "--set", "network.multipliers=[]"], "network.multipliers"),
+    "device": (["{cells}", "--device", "abacus"], "There is no device 'abacus'"),
+    "no input": (["{none}"], "There is nothing at"),
+    "no labels": (["{flat}"], "has no labels"),
+    "one class": (["{one}"], ""),
+    "too few": (["{few}"], ""),
+    "one held-out image of a class": (["{cells}", "--splits", "{thin}"], "neutrophil: 1"),
+    "no split file": (["{cells}", "--splits", "{none}"], "cannot be read"),
+}  # fmt: skip
+WRONG = [
+    *(pytest.param("predict", *case, id=f"predict-{name}") for name, case in WRONG_PREDICT.items()),
+    *(pytest.param("evaluate", *c, id=f"evaluate-{name}") for name, c in WRONG_PREDICT.items()),
+    *(pytest.param("evaluate", *c, id=f"evaluate-{name}") for name, c in WRONG_EVALUATE.items()),
+    *(pytest.param("train", *case, id=f"train-{name}") for name, case in WRONG_TRAIN.items()),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("places")
+    (root / "empty").mkdir()
+    (root / "flat").mkdir()
+    (root / "one" / "neutrophil").mkdir(parents=True)
+    for i in range(2):
+        (root / "flat" / f"{i}.png").write_bytes(png(disc("neutrophil", i)))
+    for i in range(30):
+        (root / "one" / "neutrophil" / f"{i}.png").write_bytes(png(disc("neutrophil", i)))
+    write_discs(root / "few", each=3)
+    (root / "x.pdf").write_text("%PDF-1.4")
+    (root / "x.zip").write_bytes(b"PK\x03\x04 and nothing more")
+    (root / "x.csv").write_text("name,kind\na.png,b\n")
+    rows = table(tiny.run / "splits.csv")
+    lines = [f"{row['path']},{row['label']},{row['split']}\n" for row in rows]
+    (root / "splits.csv").write_text("path,label,split\n" + "".join(lines))
+    held = [line for line in lines if ",neutrophil,val" in line]
+    thin = [line for line in lines if line not in held[1:]]
+    (root / "thin.csv").write_text("path,label,split\n" + "".join(thin))
+    return {
+        "cells": tiny.cells, "none": root / "none", "empty": root / "empty", "flat": root / "flat",
+        "one": root / "one", "few": root / "few", "pdf": root / "x.pdf", "zip": root / "x.zip",
+        "manifest": root / "x.csv", "splits": root / "splits.csv", "thin": root / "thin.csv",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("verb", "words", "wanted"), WRONG)
+def test_a_wrong_call_writes_nothing(
+    tiny: Tiny, places: dict[str, Path], tmp_path: Path, verb: str, words: list[str], wanted: str
+) -> None:
+    words = [word.format(**places) for word in words]
+    common = ["-m", tiny.bundle] if verb != "train" else TINY[:1]
+    if "-m" in words:
+        common = []
+    told = cli(verb, words[0], "-o", tmp_path / "out", *common, *words[1:])
+    assert told.code == 2, told
+    assert told.out == ""
+    assert wanted in told.complaint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--train", "0.9", "--val", "0.9"], "add up to 1"),
+        (["--train", "0", "--val", "0", "--test", "0"], "add up to 1"),
+        (["--group", "moon"], "--group takes"),
+        (["--group", "patient"], "patient"),
+    ],
+    ids=str,
+)
+def test_a_wrong_split_writes_nothing(
+    tiny: Tiny, tmp_path: Path, words: list[str], wanted: str
+) -> None:
+    told = cli("data", "split", tiny.cells, "-o", tmp_path / "s" / "splits.csv", *words)
+    assert told.code == 2
+    assert wanted in told.complaint
+    assert not (tmp_path / "s").exists()
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def messy(tmp_path: Path) -> Path:
+    """20 of two classes, a tiny class, a copy, one image under two labels, one unreadable."""
+    root = write_discs(tmp_path / "messy", each=20, size=48)
+    for i in range(17):
+        (root / "neutrophil" / f"{i + 3:02}.png").unlink()
+    shutil.copy(root / "eosinophil" / "00.png", root / "eosinophil" / "copy.png")
+    shutil.copy(root / "lymphocyte" / "00.png", root / "eosinophil" / "strayed.png")
+    (root / "lymphocyte" / "broken.png").write_bytes(b"\x89PNG")
+    return root
+
+
+def test_data_check(messy: Path) -> None:
+    told = cli("data", "check", messy, "--json")
+    assert told.code == 1
+    found = told.json
+    assert found["images"] == 46
+    assert [line["name"] for line in found["unreadable"]] == ["lymphocyte/broken.png"]
+    assert ["eosinophil/00.png", "eosinophil/copy.png"] in found["exact_duplicates"]
+    assert found["two_labels"] == [
+        {"eosinophil/strayed.png": "eosinophil", "lymphocyte/00.png": "lymphocyte"}
+    ]
+    assert found["tiny_classes"] == {"neutrophil": 3}
+    assert cli("data", "check", messy, "--tiny", "2", "--json").json["tiny_classes"] == {}
+    plain = cli("data", "check", messy)
+    assert plain.code == 1
+    assert "one image under two labels" in plain.out
+    assert "lymphocyte/broken.png" in plain.out
+
+
+def test_data_check_of_a_clean_set(tiny: Tiny) -> None:
+    told = cli("data", "check", tiny.cells, "--json")
+    assert told.code == 0
+    assert told.json["unreadable"] == []
+
+
+def test_data_split(messy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "splits.csv"
+    told = cli("data", "split", messy, "-o", out, "--json")
+    assert told.code == 1
+    assert "lymphocyte/broken.png" in told.err
+    rows = table(out)
+    assert list(rows[0]) == ["path", "label", "split"]
+    assert len(rows) == 45
+    side = {row["path"]: row["split"] for row in rows}
+    assert side["eosinophil/00.png"] == side["eosinophil/copy.png"]
+    assert side["eosinophil/strayed.png"] == side["lymphocyte/00.png"]
+    assert told.json["counts"] == {
+        name: list(side.values()).count(name) for name in set(side.values())
+    }
+    first = out.read_bytes()
+    cli("data", "split", messy, "-o", out)
+    assert out.read_bytes() == first
+    cli("data", "split", messy, "-o", out, "--seed", "1")
+    assert out.read_bytes() != first
+
+
+# --- predict -------------------------------------------------------------------------------------
+
+
+def bomb(side: int = 60_000) -> bytes:
+    """A PNG of a few hundred bytes that says it is 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 100_000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.fixture(scope="module")
+def junk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("junk")
+    (root / "good.png").write_bytes(png(disc("neutrophil", 5)))
+    (root / "empty.png").write_bytes(b"")
+    Image.fromarray(disc("neutrophil", 6)).save(root / "cut.jpg", quality=95)
+    (root / "cut.jpg").write_bytes((root / "cut.jpg").read_bytes()[:700])
+    (root / "text.png").write_text("I am a text.")
+    (root / "bomb.png").write_bytes(bomb())
+    (root / "dir.png").mkdir()
+    (root / "movie.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    (root / "dangling.png").symlink_to(root / "nowhere.png")
+    (root / "notes.txt").write_text("Not meant as an image.")
+    return root
+
+
+UNREAD = ["bomb.png", "cut.jpg", "dangling.png", "empty.png", "movie.mp4", "text.png"]
+
+
+def test_predict_goes_past_what_it_cannot_read(tiny: Tiny, junk: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    told = cli("predict", junk, "-m", tiny.bundle, "-o", tmp_path, *CPU)
+    assert time.monotonic() - began < 20
+    assert told.code == 1
+    rows = {row["path"]: row for row in table(tmp_path / "predictions.csv")}
+    assert sorted(rows) == sorted([*UNREAD, "good.png"])
+    assert rows["good.png"]["predicted"] == "neutrophil"
+    assert sorted(n for n, row in rows.items() if row["flag"] == "unreadable") == UNREAD
+    lines = [line for line in told.err.splitlines() if line.startswith("Not read: ")]
+    assert sorted(line.split(": ")[1] for line in lines) == UNREAD
+    assert all(line.split(": ", 2)[2].strip() for line in lines)
+    assert "Traceback" not in told.err
+    assert "7 cells: 6 unreadable, 1" in told.out
+    page = (tmp_path / "report.html").read_text()
+    assert all(name in page for name in UNREAD)
+
+
+def test_json_is_json(tiny: Tiny, junk: Path, tmp_path: Path) -> None:
+    told = cli("predict", junk, "-m", tiny.bundle, "-o", tmp_path, *CPU, "--json")
+    assert told.code == 1
+    (flag,) = {row["flag"] for row in table(tmp_path / "predictions.csv")} - {"unreadable"}
+    assert told.json == {
+        "cells": 7, "counts": {"neutrophil": 1}, "out": str(tmp_path),
+        "flags": {"unreadable": 6, flag: 1},
+    }  # fmt: skip
+    for line in told.err.splitlines():
+        json.loads(line)
+
+
+def test_predict_one_image(tiny: Tiny, tmp_path: Path) -> None:
+    image = tiny.cells / "lymphocyte" / "03.png"
+    told = cli("predict", image, "-m", tiny.bundle, "-o", tmp_path, "--budget", "fast", *CPU)
+    assert told.code == 0
+    (row,) = table(tmp_path / "predictions.csv")
+    assert (row["path"], row["predicted"], row["trials"]) == ("03.png", "lymphocyte", "2")
+    assert "not for diagnosis" in told.err
+
+
+@pytest.mark.parametrize(("budget", "trials"), [("fast", 2), ("balanced", 4), ("full", 12)])
+def test_budgets(tiny: Tiny, tmp_path: Path, budget: str, trials: int) -> None:
+    source = tiny.cells / "lymphocyte"
+    cli("predict", source, "-m", tiny.bundle, "-o", tmp_path, "--budget", budget, *CPU)
+    rows = table(tmp_path / "predictions.csv")
+    assert {row["trials"] for row in rows} == {str(trials)}
+    assert {row["predicted"] for row in rows} == {"lymphocyte"}
+
+
+# --- evaluate ------------------------------------------------------------------------------------
+
+METRICS = {
+    "n", "accuracy", "accuracy_ci95", "balanced_accuracy", "balanced_accuracy_ci95", "macro_f1",
+    "per_class", "ece", "nll", "brier", "auroc_correct", "coverage", "mean_set_size",
+    "passes_per_cell", "cells_per_second", "model", "data_sha256", "seed",
+}  # fmt: skip
+
+
+def evaluate(tiny: Tiny, source: Path, out: Path, *more: object) -> Result:
+    return cli("evaluate", source, "-m", tiny.bundle, "-o", out, *CPU, *more)
+
+
+def test_evaluate(tiny: Tiny, tmp_path: Path) -> None:
+    splits = tiny.run / "splits.csv"
+    told = evaluate(
+        tiny, tiny.cells, tmp_path, "--splits", splits, "--split", "test", "--seed", 3, "--json"
+    )
+    assert told.code == 0, told.err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert told.json == metrics
+    assert set(metrics) >= METRICS
+    test = [row for row in table(splits) if row["split"] == "test"]
+    rows = table(tmp_path / "predictions.csv")
+    assert [row["path"] for row in rows] == [row["path"] for row in test]
+    assert list(rows[0])[:3] == ["path", "label", "sha256"]
+    right = [row["label"] == row["predicted"] for row in rows]
+    assert metrics["n"] == len(test)
+    assert metrics["accuracy"] == pytest.approx(sum(right) / len(right))
+    low, high = metrics["accuracy_ci95"]
+    assert 0 <= low <= metrics["accuracy"] <= high <= 1
+    assert metrics["balanced_accuracy"] > 0.9
+    assert (metrics["seed"], metrics["model"], metrics["passes_per_cell"]) == (3, "run", 4)
+    assert set(metrics["per_class"]) == set(CLASSES)
+    assert (tmp_path / "report.html").read_text().count("<html") == 1
+
+
+def test_evaluate_again_says_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    """Also the speed, which is that of naming the cells and not of reading the table."""
+    evaluate(tiny, tiny.cells, tmp_path)
+    before = contents(tmp_path)
+    evaluate(tiny, tiny.cells, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_evaluate_with_fewer_answers(tiny: Tiny, tmp_path: Path) -> None:
+    two = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    shutil.rmtree(two / "eosinophil")
+    told = evaluate(tiny, two, tmp_path / "out", "--classes", "neutrophil, lymphocyte")
+    assert told.code == 0, told.err
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(metrics["per_class"]) == {"neutrophil", "lymphocyte"}
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert "prob_eosinophil" not in rows[0]
+    for row in rows:
+        assert float(row["prob_neutrophil"]) + float(row["prob_lymphocyte"]) == pytest.approx(
+            1, abs=2e-6
+        )
+        assert "eosinophil" not in row["set"]
+
+
+def test_evaluate_takes_other_spellings(tiny: Tiny, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    (source / "neutrophil").rename(source / "SNE")
+    (source / "lymphocyte").rename(source / "Lymphocytes")
+    assert evaluate(tiny, source, tmp_path / "out").code == 0
+    labels = {row["label"] for row in table(tmp_path / "out" / "predictions.csv")}
+    assert labels == set(CLASSES)
+
+
+def test_evaluate_names_the_labels_that_do_not_fit(tiny: Tiny, tmp_path: Path) -> None:
+    """Beside images without a label: it is not their neighbours that are named."""
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    (source / "a-loose-one.png").write_bytes(png(disc("neutrophil", 1)))
+    (source / "neutrophil").rename(source / "martian")
+    told = evaluate(tiny, source, tmp_path / "out")
+    assert "1 images have no label" in told.complaint
+    assert ": martian." in told.complaint
+
+
+def test_evaluate_past_an_unreadable_image(tiny: Tiny, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    (source / "neutrophil" / "00.png").write_bytes(b"")
+    told = evaluate(tiny, source, tmp_path / "out", "--json")
+    assert told.code == 1
+    assert told.json["n"] == 71
+    assert "neutrophil/00.png" in told.err
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+def test_train_leaves_what_it_promises(tiny: Tiny) -> None:
+    assert set(tiny.said.json) == {"bundle", "validation"}
+    assert set(tiny.said.json["validation"]) == {"fast", "balanced", "full", "paper"}
+    there = {path.name for path in tiny.run.iterdir()}
+    assert there >= {"bundle", "settings.yaml", "splits.csv", "metrics.jsonl", "checkpoint"}
+    for line in tiny.said.err.splitlines():
+        json.loads(line)
+
+
+def test_train_again_when_done(tiny: Tiny, tmp_path: Path) -> None:
+    """Nothing is trained, and the bundle is the same."""
+    run = Path(shutil.copytree(tiny.run, tmp_path / "run"))
+    told = cli("train", tiny.cells, "-o", run, *TINY)
+    assert told.code == 0, told.err
+    assert "Going on from step 40." in told.err
+    same = {"model.safetensors", "calibration.json", "test_vectors.npz", "labels.yaml"}
+    one, other = contents(tiny.bundle), contents(run / "bundle")
+    assert all(one[name] == other[name] for name in same)
+
+
+def test_train_with_other_settings_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny.run, tmp_path / "run"))
+    before = contents(run)
+    told = cli("train", tiny.cells, "-o", run, *TINY, "--set", "batch=8")
+    assert told.code == 2
+    assert "begun with other settings" in told.complaint
+    assert contents(run) == before
+
+
+def test_train_goes_on_after_a_kill(tiny: Tiny, tmp_path: Path) -> None:
+    """SIGKILL in the middle; run again it goes on from a checkpoint and writes the bundle."""
+    words = ["train", str(tiny.cells), "-o", str(tmp_path / "run"), *TINY]
+    words += ["--set=steps=400", "--set=checkpoint_minutes=0.003"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cytodiffusion.cli", *words],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 120
+        while not any(p.name.isdigit() for p in (tmp_path / "run").glob("checkpoint/*")):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "run" / "bundle").exists()
+    stopped = max(int(p.name) for p in (tmp_path / "run").glob("checkpoint/*") if p.name.isdigit())
+    assert 0 < stopped < 400
+    words[words.index("--set=steps=400")] = f"--set=steps={stopped + 20}"
+    told = cli(*words)
+    assert told.code == 0, told.err
+    assert f"Going on from step {stopped}." in told.err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == stopped + 20
+    assert cli("models", "verify", tmp_path / "run" / "bundle").code == 0
+
+
+def test_train_names_what_it_cannot_read(tiny: Tiny, tmp_path: Path, monkeypatch) -> None:
+    """Exit code 1, and the bundle is there. The calibration is left out: it has been seen."""
+    import cytodiffusion.cli.train as verb
+
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    splits = tiny.run / "splits.csv"
+    bad = next(row["path"] for row in table(splits) if row["split"] == "train")
+    (source / bad).write_bytes(b"")
+    monkeypatch.setattr(verb, "write_bundle", lambda *_: {"bundle": "left out"})
+    told = cli("train", source, "-o", tmp_path / "run", "--splits", splits, *TINY, "--set=steps=1")
+    assert told.code == 1, told.err
+    assert f"Not read: {bad}: the file is empty" in told.err
+
+
+def test_train_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cytodiffusion.release import commit
+
+    monkeypatch.setenv("PATH", "")
+    assert commit().startswith("v")
+
+
+# --- models, doctor ------------------------------------------------------------------------------
+
+
+def test_models_list(shipped: Path) -> None:
+    assert cli("models", "list", "--json").json == {
+        "discs": {"classes": list(CLASSES), "megabytes": pytest.approx(0.6, abs=0.6)}
+    }
+    assert cli("models", "list").out.startswith("discs ")
+
+
+def test_models_show_and_verify(shipped: Path) -> None:
+    assert cli("models", "show", "discs").out.startswith("# run")
+    assert cli("models", "show", "discs", "--json").json["classes"] == list(CLASSES)
+    told = cli("models", "verify", "discs", "--json", *CPU)
+    assert told.code == 0
+    assert told.json["largest_difference"] <= told.json["tolerance"]
+    assert "every file is as released" in cli("models", "verify", "discs").out
+
+
+def test_models_that_are_not_there(shipped: Path) -> None:
+    for verb in ("show", "verify"):
+        told = cli("models", verb, "nonsense")
+        assert told.code == 2
+        assert "Shipped: discs." in told.complaint
+
+
+def test_doctor(shipped: Path) -> None:
+    told = cli("doctor", "--json", *CPU)
+    assert told.code == 0, told.out
+    assert all(finding["good"] for finding in told.json.values())
+    assert "model discs" in told.json
+    assert "BAD" not in cli("doctor").out
+
+
+def test_doctor_sees_a_changed_model(shipped: Path) -> None:
+    (shipped / "discs" / "card.md").write_text("# Better than it is\n")
+    told = cli("doctor")
+    assert told.code == 2
+    assert "BAD  model discs" in told.out
+    assert "card.md is not the file that was released" in told.out
+    assert "Traceback" not in told.err
+
+
+def test_doctor_sees_a_missing_device(shipped: Path) -> None:
+    told = cli("doctor", "--device", "abacus", "--json")
+    assert told.code == 2
+    assert not told.json["device"]["good"]

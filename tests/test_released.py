@@ -1,0 +1,105 @@
+"""The shipped model on real cells, and the demo."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import pytest
+from helpers import cli
+from PIL import Image
+
+from cytodiffusion.bundle import ZOO, load, verify
+
+EACH = 15  # cells of every class
+FLOOR = 0.9  # balanced accuracy: far below what is claimed, far above luck with 8 classes
+SEED = 20250101
+
+needs_model = pytest.mark.skipif(
+    not (ZOO / "pbc8" / "config.json").exists(), reason="pbc8 is not in the zoo yet"
+)
+pytestmark = needs_model
+
+
+@pytest.fixture(scope="session")
+def pbc(data_root: Path) -> Path:
+    if not (data_root / "pbc" / "splits.csv").is_file():
+        pytest.skip(f"no pbc/splits.csv in {data_root}")
+    return data_root / "pbc"
+
+
+@pytest.fixture(scope="session")
+def chosen(pbc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A split file of 15 cells of every class out of the split `test`."""
+    with (pbc / "splits.csv").open(newline="") as file:
+        test = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    by_class: dict[str, list[dict[str, str]]] = {}
+    for row in sorted(test, key=lambda row: row["path"]):
+        by_class.setdefault(row["label"], []).append(row)
+    lots = random.Random(SEED)
+    path = tmp_path_factory.mktemp("chosen") / "splits.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["path", "label", "split"])
+        writer.writeheader()
+        for rows in by_class.values():
+            writer.writerows(lots.sample(rows, EACH))
+    return path
+
+
+@pytest.fixture(scope="session")
+def measured(pbc: Path, chosen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("measured")
+    told = cli("evaluate", pbc, "-m", "pbc8", "-o", out, "--splits", chosen, "--device", "cpu")
+    assert told.code == 0, told.err
+    return out
+
+
+def anomalies(out: Path) -> list[float]:
+    with (out / "predictions.csv").open(newline="") as file:
+        return [float(row["anomaly"]) for row in csv.DictReader(file)]
+
+
+def test_it_is_what_was_released() -> None:
+    assert verify("pbc8") < 2e-3
+
+
+def test_it_knows_eight_classes() -> None:
+    assert load("pbc8").classes.names == (
+        "basophil", "eosinophil", "erythroblast", "immature_granulocyte", "lymphocyte",
+        "monocyte", "neutrophil", "platelet",
+    )  # fmt: skip
+
+
+@pytest.mark.real
+def test_it_names_real_cells(measured: Path) -> None:
+    metrics = json.loads((measured / "metrics.json").read_text())
+    assert metrics["n"] == 8 * EACH
+    assert metrics["balanced_accuracy"] > FLOOR
+
+
+@pytest.mark.real
+def test_red_cells_are_stranger(data_root: Path, measured: Path, tmp_path: Path) -> None:
+    """Cells of a kind it has never seen, through the command `predict`."""
+    source = data_root / "redcells"
+    if not source.is_dir():
+        pytest.skip(f"no redcells/ in {data_root}")
+    images = sorted(path for path in source.rglob("*") if path.suffix == ".webp")
+    (tmp_path / "in").mkdir()
+    for i, path in enumerate(random.Random(SEED).sample(images, 60)):
+        Image.open(path).save(tmp_path / "in" / f"{i:02}.png")
+    told = cli("predict", tmp_path / "in", "-m", "pbc8", "-o", tmp_path / "out", "--device", "cpu")
+    assert told.code == 0, told.err
+    strange, normal = anomalies(tmp_path / "out"), anomalies(measured)
+    assert (len(strange), len(normal)) == (60, 8 * EACH)
+    assert sum(strange) / len(strange) > sum(normal) / len(normal)
+
+
+@pytest.mark.skipif(not (ZOO.parent / "demo").is_dir(), reason="the demo cells are not there yet")
+def test_the_demo(tmp_path: Path) -> None:
+    told = cli("demo", "-o", tmp_path, "--device", "cpu")
+    assert told.code == 0, told.err
+    assert (tmp_path / "predictions.csv").is_file()
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert "report.html" in told.err
