@@ -37,7 +37,7 @@ def main() -> None:
     for place, k in enumerate(order):
         axes = figure.add_subplot(grid[place // 2, 2 + place % 2])
         axes.imshow(
-            (guesses[k] - guesses.mean(0)).mean(0).numpy(), cmap="RdBu_r", vmin=-0.04, vmax=0.04
+            (guesses[k] - guesses.mean(0)).mean(0).numpy(), cmap="RdBu_r", vmin=-0.3, vmax=0.3
         )
         axes.set_title(model.classes.names[k].replace("_", " "), fontsize=8)
         axes.set_axis_off()

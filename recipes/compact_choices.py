@@ -1,6 +1,6 @@
 """Which compact network? Variants of one recipe, each trained for the same processor time.
 
-    python recipes/compact_choices.py DATA/pbc -o runs/choices --minutes 6
+    python recipes/compact_choices.py DATA/pbc -o runs/choices --minutes 4
 
 Every variant starts from scratch on the train split and is measured on the same cells of val: 80 of
 each class, six frozen trials from sigma 0.05 to 4, weights learned without the cell (five folds).
@@ -35,8 +35,7 @@ VARIANTS: dict[str, list[str]] = {
     "heads + classification term (released)": [],
     "heads, no classification term": ["classification=0"],
     "class-conditional": ["network.form=conditional"],
-    "whole frame instead of the centre 55 %": ["preprocess.crop=1.0", "augmentation.affine=0"],
-    "centre 55 %, no affine moves": ["augmentation.affine=0"],
+    "whole frame instead of the centre 55 %": ["preprocess.crop=1.0"],
     "32 px, unshuffle 2": ["preprocess.size=32", "network.unshuffle=2"],
     "96 px, unshuffle 4": ["preprocess.size=96"],
     "trunk: diffusers UNet2DModel": [],
@@ -123,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/choices"))
-    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--minutes", type=float, default=4)
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)

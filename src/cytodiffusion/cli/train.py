@@ -49,10 +49,10 @@ def train(
     parts = split_samples(source, splits, out, settings.seed, console)
     run, held = run_training(parts, out, settings, device, console)
     if run is not None:
-        origin = {"data": str(source), "preset": preset, "changes": changes}
+        origin = {"data": source.resolve().name, "preset": preset, "changes": changes}
         result = write_bundle(run, held, out / "bundle", out.name, origin, console)
         console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
-                               f"-m {out / 'bundle'} --splits {out / 'splits.csv'} --split test "
+                               f"-m {out / 'bundle'} --splits {splits or out / 'splits.csv'} --split test "
                                f"-o {out / 'test'}")  # fmt: skip
     if console.unread:
         raise typer.Exit(1)
