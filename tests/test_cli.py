@@ -324,9 +324,9 @@ UNREAD = ["bomb.png", "cut.jpg", "dangling.png", "empty.png", "movie.mp4", "text
 
 
 def test_predict_goes_past_what_it_cannot_read(tiny: Tiny, junk: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     told = cli("predict", junk, "-m", tiny.bundle, "-o", tmp_path, *CPU)
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 10  # the bomb was not unpacked
     assert told.code == 1
     rows = {row["path"]: row for row in table(tmp_path / "predictions.csv")}
     assert sorted(rows) == sorted([*UNREAD, "good.png"])
@@ -502,7 +502,7 @@ def test_train_goes_on_after_a_kill(tiny: Tiny, tmp_path: Path) -> None:
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 400  # on a busy machine
         while not any(p.name.isdigit() for p in (tmp_path / "run").glob("checkpoint/*")):
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < until

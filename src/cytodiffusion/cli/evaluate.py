@@ -80,18 +80,7 @@ def evaluate(
     call = f"cytodiffusion evaluate {source} -m {model} -o {out} --budget {budget}{split_words}"
     title = f"{loaded.name} on {source.name}{f', split {split}' if split else ''}"
     report(loaded, samples, rows, request, out, call, title, metrics)
-    _say(metrics, console)
-    finish(rows, out, Console(as_json=False) if not json else _Quiet())
-
-
-class _Quiet(Console):
-    """Only the exit code: the result has been printed."""
-
-    def __init__(self) -> None:
-        super().__init__(as_json=True)
-
-    def result(self, values: dict[str, Any], text: str) -> None:
-        return
+    finish(rows, out, console, metrics, _lines(metrics))
 
 
 def _metrics(rows: list[dict[str, Any]], names: list[str], seed: int) -> dict[str, Any]:
@@ -134,7 +123,8 @@ def _write(path: Path, metrics: dict[str, Any]) -> None:
         path.with_suffix(".tmp").replace(path)
 
 
-def _say(metrics: dict[str, Any], console: Console) -> None:
+def _lines(metrics: dict[str, Any]) -> list[str]:
+    """The main measures, with their intervals, for a terminal."""
     shown = ["balanced_accuracy", "accuracy", "macro_f1", "ece", "nll", "auroc_correct", "coverage"]
     lines = []
     for name in shown:
@@ -144,4 +134,4 @@ def _say(metrics: dict[str, Any], console: Console) -> None:
             lines.append(f"{name:<18} {value:.4f}{between}")
     lines.append(f"{'passes a cell':<18} {metrics['passes_per_cell']:.1f}")
     lines.append(f"{'cells a second':<18} {metrics['cells_per_second']:.1f}")
-    console.result(metrics, "\n".join(lines))
+    return lines

@@ -150,8 +150,11 @@ def _thumbnails(
     return pictures
 
 
-def finish(rows: list[Row], out: Path, console: Console) -> None:
-    """Say what was found; exit with 1 if some images could not be read."""
+def finish(
+    rows: list[Row], out: Path, console: Console, metrics: dict[str, Any] | None = None,
+    measured: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Print the result, `metrics` where there are any; exit with 1 if some images were not read."""
     flags = Counter(row["flag"] for row in rows)
     names = Counter(row["predicted"] for row in rows if row["flag"] != "unreadable")
     for row in rows:
@@ -160,6 +163,7 @@ def finish(rows: list[Row], out: Path, console: Console) -> None:
     lines = [f"{name:<22} {count:>7,}" for name, count in names.most_common()]
     told = ", ".join(f"{count:,} {flag}" for flag, count in flags.most_common())
     values = {"cells": len(rows), "counts": dict(names), "flags": dict(flags), "out": str(out)}
-    console.result(values, "\n".join([*lines, f"{len(rows):,} cells: {told}.", f"See {out}."]))
+    text = [*lines, f"{len(rows):,} cells: {told}.", *measured, f"See {out}."]
+    console.result(metrics or values, "\n".join(text))
     if flags["unreadable"]:
         raise typer.Exit(1)
