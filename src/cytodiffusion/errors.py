@@ -34,7 +34,7 @@ class ChangedBundle(ModelError):
 
 
 class OutputError(CytoDiffusionError):
-    """The output cannot be written: read-only, full, or in use by another run."""
+    """The output cannot be written: read-only, full, or made for another request."""
 
 
 class MissingExtra(CytoDiffusionError):

@@ -61,6 +61,3 @@ def run() -> None:
         if end.code == 130:  # so typer ends after Ctrl-C
             typer.echo("Stopped. Run the same command again to go on.", err=True)
         raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

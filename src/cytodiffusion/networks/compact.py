@@ -229,7 +229,7 @@ class CompactNetwork(nn.Module):
             label = labels.flatten()
         grid = self.features(image, log_sigma, label)
         folded = functional.pixel_unshuffle(image, self.settings.unshuffle)
-        guess = self.base(torch.cat([grid, folded], dim=1))
+        guess = self.base(torch.cat([grid, folded], dim=1)).float()  # sums in float32, always
         if self.change is None:
             return self._pixels(guess).view(n, k, *image.shape[1:])
         every = torch.cat([guess[:, None] + self.change(grid), guess[:, None]], dim=1)

@@ -45,7 +45,7 @@ class TrainSettings(BaseModel):
     preprocess: Preprocess = Preprocess()
     augmentation: Augmentation = Augmentation()
 
-    steps: int = Field(8_100, ge=1, description="optimiser steps")
+    steps: int = Field(20_000, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="images an optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
@@ -61,7 +61,7 @@ class TrainSettings(BaseModel):
     sigma_std: float = Field(1.3, gt=0, description="standard deviation of ln sigma")
     any_weight: float = Field(0.5, ge=0, description="weight of the 'any cell' head (heads)")
     classification: float = Field(
-        0.1, ge=0, description="weight of the classification term (heads)"
+        0.2, ge=0, description="weight of the classification term (heads)"
     )
     sharpness: float = Field(50.0, gt=0, description="first beta of the classification term")
     label_dropout: float = Field(0.15, ge=0, lt=1, description="labels hidden (conditional)")
