@@ -16,7 +16,9 @@ from sklearn.linear_model import LogisticRegression
 from cytodiffusion.bundle import calibration_from_json, calibration_to_json
 from cytodiffusion.classify.anomaly import fit_anomaly, pattern
 from cytodiffusion.classify.calibrate import (
+    HeldOut,
     PrefixPosterior,
+    change_prior,
     choose_trials,
     fit_prefix,
     folds,
@@ -24,10 +26,11 @@ from cytodiffusion.classify.calibrate import (
     out_of_fold,
 )
 from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
-from cytodiffusion.classify.conformal import lac_scores, lac_sets, lac_threshold
+from cytodiffusion.classify.conformal import lac_sets, threshold, thresholds
 from cytodiffusion.classify.draws import stratified
-from cytodiffusion.classify.evidence import measure
-from cytodiffusion.classify.fit import fit_budget, fit_race
+from cytodiffusion.classify.evidence import DenoiserMeter
+from cytodiffusion.classify.fit import fit_race, fit_sequence
+from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import PaperRace, paper_draws
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.errors import DataError, SettingsError
@@ -196,33 +199,74 @@ def test_no_more_trials_than_there_are():
 # --- conformal -----------------------------------------------------------------------------------
 
 
+def plain(scores: np.ndarray, asked: float) -> float:
+    return threshold(scores, np.ones(len(scores)), 1.0, asked)
+
+
 @given(st.integers(1, 60), st.floats(0.05, 0.99))
 def test_coverage_is_exact_for_exchangeable_scores(count, asked):
     """Of the n + 1 ways to call one score the new one, k = ceil((n + 1) coverage) are covered."""
     scores = np.random.default_rng(count).permutation(count + 1).astype(float) / (count + 2)
-    covered = sum(scores[i] <= lac_threshold(np.delete(scores, i), asked) for i in range(count + 1))
-    assert covered == min(int(np.ceil((count + 1) * asked)), count + 1)
-    assert covered / (count + 1) >= asked
+    covered = sum(scores[i] <= plain(np.delete(scores, i), asked) for i in range(count + 1))
+    assert covered == min(int(np.ceil((count + 1) * asked * (1 - 1e-12))), count + 1)
+    assert covered / (count + 1) >= asked - 1e-9
+
+
+def simulated(count: int, seed: int = 0, bias: np.ndarray = BIAS) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities that are right, and truths drawn from them."""
+    errors, truth = cells(count, WEIGHT, bias, seed)
+    return PrefixPosterior(np.ones(3), WEIGHT, bias).probabilities(errors), truth
+
+
+def held_by(sets: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    return sets[np.arange(len(truth)), truth]
 
 
 def test_coverage_of_simulated_cells():
-    errors, truth = cells(6000, WEIGHT, BIAS)
-    probabilities = PrefixPosterior(np.ones(3), WEIGHT, BIAS).probabilities(errors)
-    threshold = lac_threshold(lac_scores(probabilities, truth)[:3000], 0.9)
-    sets = lac_sets(probabilities[3000:], threshold)
-    assert sets[np.arange(3000), truth[3000:]].mean() == pytest.approx(0.9, abs=0.025)
+    (fit, known), (new, truth) = simulated(3000, 1), simulated(3000, 2)
+    sets = lac_sets(new, thresholds(fit, known, 0.9))
+    assert held_by(sets, truth).mean() == pytest.approx(0.9, abs=0.025)
     assert 1 < sets.sum(1).mean() < 3
 
 
+def test_every_class_is_covered_as_often_as_asked():
+    """A rare class too, which sets for all cells together leave out."""
+    bias = np.array([1.5, 0.0, -2.0])
+    (fit, known), (new, truth) = simulated(6000, 1, bias), simulated(6000, 2, bias)
+    together = held_by(lac_sets(new, thresholds(fit, known, 0.9)), truth)
+    each = held_by(lac_sets(new, thresholds(fit, known, 0.9, "class")), truth)
+    for k in range(3):
+        assert each[truth == k].mean() == pytest.approx(0.9, abs=0.05)
+    assert together[truth == 2].mean() < 0.8
+
+
+def test_coverage_where_classes_come_up_more_often():
+    """Label shift: the same cells of each class, in other numbers."""
+    (fit, known), (new, truth) = simulated(6000, 1), simulated(6000, 2)
+    ratio = np.array([0.2, 1.0, 4.0])
+    lots = np.random.default_rng(0).choice(6000, 6000, p=ratio[truth] / ratio[truth].sum())
+    moved, told = change_prior(new[lots], ratio), change_prior(fit, ratio)
+    sets = lac_sets(moved, thresholds(told, known, 0.9, ratio=ratio))
+    assert held_by(sets, truth[lots]).mean() == pytest.approx(0.9, abs=0.025)
+
+
+def test_a_changed_prior_is_bayes_rule():
+    """Changed to what the cells were drawn with, the probabilities are right again."""
+    errors, _ = cells(50, WEIGHT, BIAS)
+    first = PrefixPosterior(np.ones(3), WEIGHT, BIAS).probabilities(errors)
+    second = PrefixPosterior(np.ones(3), WEIGHT, BIAS + np.log([1, 2, 3])).probabilities(errors)
+    np.testing.assert_allclose(change_prior(first, np.array([1.0, 2, 3])), second, rtol=1e-6)
+
+
 def test_too_few_scores_let_every_class_in():
-    threshold = lac_threshold(np.array([0.1, 0.2]), 0.95)
-    assert lac_sets(np.array([[0.0, 0.3, 0.7]]), threshold).all()
+    limits = thresholds(np.array([[0.9, 0.1, 0.0], [0.2, 0.0, 0.8]]), np.array([0, 2]), 0.95)
+    assert lac_sets(np.array([[0.0, 0.3, 0.7]]), limits).all()
 
 
 @pytest.mark.parametrize("asked", [0.0, 1.0, -2.0, 95.0])
 def test_coverage_must_be_a_share(asked):
     with pytest.raises(SettingsError, match="0 and 1"):
-        lac_threshold(np.zeros(3), asked)
+        plain(np.zeros(3), asked)
 
 
 # --- anomaly -------------------------------------------------------------------------------------
@@ -243,29 +287,28 @@ def table(count: int, seed: int, strange: float = 0.0) -> tuple[np.ndarray, np.n
 
 
 def test_p_values_of_normal_cells_are_uniform_and_of_strangers_small():
-    model = fit_anomaly(*table(800, 1))
+    errors, truth, probabilities = table(800, 1)
+    model, scores = fit_anomaly(errors, truth, probabilities)
+    held = HeldOut(truth, probabilities, scores)
     errors, _, probabilities = table(1500, 2)
-    p = model.p_value(model.anomaly(errors, probabilities))
+    p = held.p_value(model.anomaly(errors, probabilities))
     assert stats.kstest(p, "uniform").statistic < 0.06
     errors, _, probabilities = table(200, 3, strange=3.0)
     anomaly = model.anomaly(errors, probabilities)
-    assert model.p_value(anomaly).max() < 0.01
+    assert held.p_value(anomaly).max() < 0.01
+    assert (anomaly > model.limit).all()
     assert ((anomaly >= 0) & (anomaly <= 1)).all()
 
 
 def test_p_value_by_hand():
     """(1 + held-out cells at least as strange) / (1 + held-out cells), ties included."""
-    model = fit_anomaly(*table(60, 1))
-    scores = model.scores
-    s = np.array([scores[0] / 2, scores[0], scores[30], scores[-1], 2 * scores[-1]])
-    want = [(1 + (scores >= x * (1 - 1e-9)).sum()) / 61 for x in s]
-    np.testing.assert_allclose(model.p_value(s / (1 + s)), want)
-    assert want[-1] == pytest.approx(1 / 61)
-    assert want[0] == 1.0
+    held = HeldOut(np.zeros(4, dtype=int), np.ones((4, 1)), np.array([0.1, 0.4, 0.4, 0.2]))
+    found = held.p_value(np.array([0.05, 0.1, 0.3, 0.4, 0.5]))
+    np.testing.assert_allclose(found, [1.0, 1.0, 3 / 5, 3 / 5, 1 / 5])
 
 
 def test_stranger_cells_score_higher():
-    model = fit_anomaly(*table(300, 1))
+    model, _ = fit_anomaly(*table(300, 1))
     means = []
     for strange in (0.0, 0.5, 1.0, 2.0):
         errors, _, probabilities = table(200, 4, strange)
@@ -275,7 +318,7 @@ def test_stranger_cells_score_higher():
 
 def test_the_size_of_the_errors_is_no_anomaly():
     """Only the pattern relative to "any cell" counts: smooth cells are easy, not strange."""
-    model = fit_anomaly(*table(300, 1))
+    model, _ = fit_anomaly(*table(300, 1))
     errors, _, probabilities = table(50, 5)
     found = model.anomaly(errors * np.float32(0.01), probabilities)
     np.testing.assert_allclose(found, model.anomaly(errors, probabilities), rtol=1e-3)
@@ -295,38 +338,32 @@ def test_the_temperature_of_the_race_is_the_best_there_is():
     world, truth = GaussianWorld(means, 0.3), torch.arange(3).repeat(20)
     images = world.sample(truth, torch.Generator().manual_seed(2))
     race = PaperRace(paper_draws(40))
-    errors = measure(
-        world,
-        images,
-        [str(i) for i in range(60)],
-        race.draws,
-        4,
-        poses=(POSES[0],) * 8,
-        policy=race,
-    )
-    budget, judged = fit_race(errors, truth.numpy(), race)
-    reader = budget.reader
+    measurement = Measurement(race.draws, 4, (POSES[0],) * 8, race)
+    errors = measurement.measure(DenoiserMeter(world), images, [str(i) for i in range(60)])
+    budget = fit_race(errors, truth.numpy(), race)
+    reader, judged = budget.reader, budget.held.probabilities
     best = nll(reader.probabilities(errors), truth.numpy())
     for factor in np.geomspace(0.1, 10, 41):
         other = replace(reader, temperature=reader.temperature * factor)
         assert nll(other.probabilities(errors), truth.numpy()) >= best - 1e-3
     np.testing.assert_allclose(judged.sum(1), 1)
     assert best <= nll(judged, truth.numpy()) + 1e-3  # judged without the cell
-    np.testing.assert_allclose(budget.conformal, np.sort(lac_scores(judged, truth.numpy())))
 
 
 # --- as JSON -------------------------------------------------------------------------------------
 
 
 def test_a_saved_calibration_gives_the_same_answers():
-    errors, truth, _ = table(200, 1)
-    budget, judged = fit_budget(stratified(4, 0.1, 2.0, seed=3, frozen=True), errors, truth)
-    draws = paper_draws(30, seed=5)
-    reader = RaceReader(draws.sigmas, 0.3, np.sort(np.random.default_rng(1).random(40)))
-    race = Budget(draws, reader, np.linspace(0, 0.9, 40), PaperRace(draws, least=8, alpha=0.01))
-    budgets = {"balanced": budget, "paper": race}
+    errors, truth, probabilities = table(200, 1)
+    budgets = fit_sequence(stratified(4, 0.1, 2.0, seed=3, frozen=True), errors, truth)
+    budget, draws = budgets["balanced"], paper_draws(30, seed=5)
+    held = HeldOut(truth, probabilities, np.random.default_rng(1).random(200))
+    race = Budget(draws, RaceReader(draws.sigmas, 0.3), held, PaperRace(draws, least=8, alpha=0.01))
+    budgets["paper"] = race
     again = calibration_from_json(json.loads(json.dumps(calibration_to_json(budgets))))
     assert again["balanced"].draws == budget.draws
+    assert again["fast"].reader.threshold == budgets["fast"].reader.threshold
+    assert again["fast"].agreement == budgets["fast"].agreement
     assert again["paper"].draws == draws
     assert again["paper"].policy == race.policy
 
@@ -347,4 +384,4 @@ def test_a_saved_calibration_gives_the_same_answers():
         np.testing.assert_allclose(first.anomaly_p, second.anomaly_p, atol=0.011)
         assert (first.sets == second.sets).mean() > 0.99
         assert first.predicted.tolist() == second.predicted.tolist()
-    assert nll(judged, truth) < np.log(3)
+    assert nll(budget.held.probabilities, truth) < np.log(3)

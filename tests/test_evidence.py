@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from cytodiffusion.classify.draws import Draws, Trial, stratified
-from cytodiffusion.classify.evidence import log_evidence, measure, squared_errors
+from cytodiffusion.classify.evidence import DenoiserMeter, log_evidence
+from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.noise import log_spaced
 from cytodiffusion.networks.exact import GaussianWorld
@@ -28,6 +29,10 @@ WORLD = GaussianWorld(MEANS, S)
 IMAGES = WORLD.sample(torch.tensor([0, 1, 2, 1]), torch.Generator().manual_seed(2))
 NAMES = ["a", "b", "c", "d"]
 PLAIN = (POSES[0],) * 8
+
+
+def measure(world, images, names, draws, columns, **settings) -> np.ndarray:
+    return Measurement(draws, columns, **settings).measure(DenoiserMeter(world), images, names)
 
 
 def squares() -> np.ndarray:
@@ -114,13 +119,15 @@ def test_a_class_that_was_not_measured_has_no_evidence():
     assert np.isnan(found).tolist() == [[False, True]]
 
 
-def test_squared_errors_by_hand():
+def test_errors_of_a_denoiser_by_hand():
     def guesses(noisy, sigma, labels):
         return torch.stack([noisy, torch.zeros_like(noisy)], 1)
 
     clean, noise = torch.full((1, 1, 1, 2), 3.0), torch.tensor([1.0, -2.0]).view(1, 1, 1, 2)
-    found = squared_errors(guesses, clean, noise, 0.5, torch.tensor([[0, 1]]))
-    torch.testing.assert_close(found, torch.tensor([[0.25 * 2.5, 9.0]]))
+    both, sigma = (2, 1, 1, 1), torch.tensor([0.5, 2.0])  # each image at its own level
+    labels = torch.tensor([[0, 1], [0, 1]])
+    found = DenoiserMeter(guesses)(clean.repeat(both), noise.repeat(both), sigma, labels)
+    torch.testing.assert_close(found, torch.tensor([[0.25 * 2.5, 9.0], [4.0 * 2.5, 9.0]]))
 
 
 # --- measure -------------------------------------------------------------------------------------
@@ -185,7 +192,7 @@ def test_what_has_left_is_missing(together):
 def test_what_has_left_is_not_computed():
     counted = Counted()
     found = measure(
-        counted, IMAGES, NAMES, DRAWS, K + 1, poses=POSES, policy=dropping, together=False
+        counted, IMAGES, NAMES, DRAWS, K + 1, poses=POSES, policy=dropping, together=False, batch=1
     )
     assert counted.guesses == (~np.isnan(found)).sum()
 
@@ -198,8 +205,9 @@ def test_nothing_is_computed_when_every_image_is_done(together):
         return np.arange(K) == np.zeros((len(errors), 1))
 
     found = measure(
-        counted, IMAGES, NAMES, DRAWS, K + 1, poses=POSES, policy=all_but_one, together=together
-    )
+        counted, IMAGES, NAMES, DRAWS, K + 1, poses=POSES, policy=all_but_one, together=together,
+        batch=1,
+    )  # fmt: skip
     assert counted.guesses == len(IMAGES) * (K + 1)
     assert np.isnan(found[:, 1:]).all()
     assert not np.isnan(found[:, 0]).any()

@@ -6,7 +6,8 @@ import torch
 from scipy import stats
 
 from cytodiffusion.classify.draws import Draws, Trial
-from cytodiffusion.classify.evidence import measure
+from cytodiffusion.classify.evidence import DenoiserMeter
+from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import (
     PaperRace,
     keep,
@@ -76,8 +77,11 @@ def test_equal_classes_all_stay():
 
 
 def far_apart(trials: int) -> np.ndarray:
-    """Errors of the noise 3, 1 and 5 times what they are for class 1, give or take 1 %."""
-    errors = np.array([3, 1, 5]) * (1 + 0.01 * RNG.normal(size=(1, trials, 3)))
+    """Errors of the noise 3, 1 and 5 times what they are for class 1, give or take 1 %.
+
+    The last column, "any cell", would win.
+    """
+    errors = np.array([3, 1, 5, 0.1]) * (1 + 0.01 * RNG.normal(size=(1, trials, 4)))
     return errors / paper_weight(paper_draws(100).sigmas[:trials])[:, None]
 
 
@@ -169,10 +173,10 @@ def test_a_race_between_classes_that_are_far_apart(together):
     world, truth = GaussianWorld(means, 0.2), torch.arange(classes).repeat(3)
     images = world.sample(truth, torch.Generator().manual_seed(2))
     draws, names = paper_draws(60), [str(i) for i in range(len(truth))]
-    errors = measure(
-        world, images, names, draws, classes, poses=(POSES[0],) * 8, policy=PaperRace(draws),
-        together=together,
-    )  # fmt: skip
+    measurement = Measurement(
+        draws, classes + 1, (POSES[0],) * 8, PaperRace(draws), together, anyone=False
+    )
+    errors = measurement.measure(DenoiserMeter(world), images, names)[:, :, :-1]
     passes = (~np.isnan(errors)).sum((1, 2))
     assert (last_standing(errors, draws.sigmas).argmin(1) == truth.numpy()).all()
     assert passes.min() >= 21 * classes
@@ -182,7 +186,6 @@ def test_a_race_between_classes_that_are_far_apart(together):
 def test_a_race_between_equals_goes_on_to_the_end():
     world = GaussianWorld(torch.zeros(3, 3, 2, 2), 0.2)
     draws = Draws(tuple(Trial(0.5, i) for i in range(30)))
-    errors = measure(
-        world, torch.zeros(1, 3, 2, 2), ["a"], draws, 3, poses=POSES, policy=PaperRace(draws)
-    )
+    measurement = Measurement(draws, 4, POSES, PaperRace(draws))
+    errors = measurement.measure(DenoiserMeter(world), torch.zeros(1, 3, 2, 2), ["a"])
     assert not np.isnan(errors).any()

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from cytodiffusion.classify.draws import stratified
-from cytodiffusion.classify.evidence import measure
+from cytodiffusion.classify.evidence import DenoiserMeter
+from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.errors import OutputError, SettingsError
@@ -99,10 +100,9 @@ def test_a_tiny_run_learns_to_name_cells(tmp_path):
     assert [report.step for report in reports] == [40, 80, 120]
     assert reports[-1].losses["own"] < 0.85 * reports[0].losses["own"]
     unseen = cells(10, size=16, seed=9)
-    errors = measure(
-        run.denoiser("ema"), to_tensor(unseen.canvases), [str(i) for i in range(30)],
-        stratified(2, 0.5, 2.0), 4, poses=POSES,
-    )  # fmt: skip
+    errors = Measurement(stratified(2, 0.5, 2.0), 4, POSES).measure(
+        DenoiserMeter(run.denoiser("ema")), to_tensor(unseen.canvases), [str(i) for i in range(30)]
+    )
     named = errors[:, :, :3].mean(1).argmin(1)
     assert (named == unseen.labels).mean() > 0.9
 

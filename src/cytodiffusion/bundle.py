@@ -4,7 +4,7 @@
     model.safetensors   its weights, float16
     preprocess.json     crop and size
     labels.yaml         taxonomy of the classes
-    calibration.json    trials, weights, conformal and anomaly scores of every budget
+    calibration.json    trials, the weights of every depth, when to stop, what held-out cells were told
     card.md, LICENSE, data_license.txt
     test_vectors.npz    inputs with the errors they must give
     checksums.json      sha256 of all of the above
@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cytodiffusion.classify.anomaly import AnomalyModel
-from cytodiffusion.classify.calibrate import PrefixPosterior
-from cytodiffusion.classify.classifier import Budget, Classifier, PrefixReader, RaceReader, Reading
+from cytodiffusion.classify.calibrate import HeldOut, PrefixPosterior
+from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader, Reading
 from cytodiffusion.classify.draws import Draws, Trial, standard_normal
-from cytodiffusion.classify.evidence import squared_errors
+from cytodiffusion.classify.evidence import DenoiserMeter, Meter
 from cytodiffusion.classify.race import PaperRace, paper_draws
+from cytodiffusion.classify.sequential import Agreement, Depth, Sequence
 from cytodiffusion.data.images import Preprocess, decode, to_tensor
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
@@ -108,63 +109,79 @@ def _numbers(array: np.ndarray) -> Any:
 
 
 def calibration_to_json(budgets: dict[str, Budget]) -> dict[str, Any]:
-    """Budgets as plain data."""
-    return {name: _budget_to_json(budget) for name, budget in budgets.items()}
+    """Budgets as plain data. Those that run one list of trials share it, and its depths."""
+    found: dict[str, Any] = {"budgets": {k: _budget_to_json(b) for k, b in budgets.items()}}
+    for budget in budgets.values():
+        if isinstance(budget.reader, Sequence):
+            found["sequence"] = {
+                "seed": budget.draws.seed,
+                "frozen": budget.draws.frozen,
+                "trials": [[t.sigma, t.draw, t.sign, t.pose] for t in budget.draws.trials],
+                "depths": [_depth_to_json(depth) for depth in budget.reader.depths],
+            }
+    return found
 
 
-def _budget_to_json(budget: Budget) -> dict[str, Any]:
-    common = {"seed": budget.draws.seed, "conformal": _numbers(budget.conformal)}
-    reader = budget.reader
-    if isinstance(reader, RaceReader):
-        race = budget.policy
-        assert isinstance(race, PaperRace)
-        return common | {
-            "kind": "race",
-            "most": len(budget.draws),
-            "least": race.least,
-            "every": race.every,
-            "alpha": race.alpha,
-            "temperature": reader.temperature,
-            "anomaly_scores": _numbers(reader.scores),
-        }
-    assert isinstance(reader, PrefixReader)
-    posterior, anomaly = reader.posterior, reader.anomalies
-    return common | {
-        "kind": "prefix",
-        "frozen": budget.draws.frozen,
-        "trials": [[t.sigma, t.draw, t.sign, t.pose] for t in budget.draws.trials],
+def _depth_to_json(depth: Depth) -> dict[str, Any]:
+    posterior, anomalies = depth.posterior, depth.anomalies
+    return {
         "scale": _numbers(posterior.scale),
         "weight": _numbers(posterior.weight),
         "bias": _numbers(posterior.bias),
+        "gate": list(depth.gate),
         "anomaly": {
-            "means": _numbers(anomaly.means),
-            "precision": _numbers(anomaly.precision),
-            "units": _numbers(anomaly.units),
-            "scores": _numbers(anomaly.scores),
+            "means": _numbers(anomalies.means),
+            "precision": _numbers(anomalies.precision),
+            "units": _numbers(anomalies.units),
+            "limit": anomalies.limit,
         },
     }
 
 
+def _budget_to_json(budget: Budget) -> dict[str, Any]:
+    held = {
+        "truth": budget.held.truth.tolist(),
+        "probabilities": _numbers(budget.held.probabilities),
+        "anomaly": _numbers(budget.held.anomaly),
+    }
+    if isinstance(budget.reader, Sequence):
+        said = budget.agreement and asdict(budget.agreement)
+        return {"threshold": budget.reader.threshold, "agreement": said, "held": held}
+    race = budget.policy
+    assert isinstance(budget.reader, RaceReader)
+    assert isinstance(race, PaperRace)
+    rules = {"most": len(race.draws), "least": race.least, "every": race.every, "alpha": race.alpha}
+    seed, temperature = race.draws.seed, budget.reader.temperature
+    return {"race": rules | {"seed": seed, "temperature": temperature}, "held": held}
+
+
 def calibration_from_json(data: dict[str, Any]) -> dict[str, Budget]:
     """The inverse of `calibration_to_json`."""
-    return {name: _budget_from_json(values) for name, values in data.items()}
+    shared = data.get("sequence", {"seed": 0, "frozen": True, "trials": [], "depths": []})
+    trials = tuple(Trial(*trial) for trial in shared["trials"])
+    draws = Draws(trials, shared["seed"], shared["frozen"])
+    depths = tuple(_depth_from_json(values) for values in shared["depths"])
+    return {name: _budget_from_json(v, draws, depths) for name, v in data["budgets"].items()}
 
 
-def _budget_from_json(values: dict[str, Any]) -> Budget:
-    conformal = np.array(values["conformal"])
-    if values["kind"] == "race":
-        draws = paper_draws(values["most"], values["seed"])
-        race = PaperRace(draws, values["least"], values["every"], values["alpha"])
-        scores = np.array(values["anomaly_scores"])
-        return Budget(
-            draws, RaceReader(draws.sigmas, values["temperature"], scores), conformal, race
-        )
-    trials = tuple(Trial(*trial) for trial in values["trials"])
+def _depth_from_json(values: dict[str, Any]) -> Depth:
     posterior = PrefixPosterior(*(np.array(values[key]) for key in ("scale", "weight", "bias")))
     parts = values["anomaly"]
-    anomaly = AnomalyModel(*(np.array(parts[k]) for k in ("means", "precision", "units", "scores")))
-    draws = Draws(trials, values["seed"], values["frozen"])
-    return Budget(draws, PrefixReader(posterior, anomaly), conformal)
+    means, precision, units = (np.array(parts[key]) for key in ("means", "precision", "units"))
+    anomalies = AnomalyModel(means, precision, units, parts["limit"])
+    return Depth(posterior, tuple(values["gate"]), anomalies)
+
+
+def _budget_from_json(values: dict[str, Any], draws: Draws, depths: tuple[Depth, ...]) -> Budget:
+    parts = values["held"]
+    held = HeldOut(*(np.array(parts[key]) for key in ("truth", "probabilities", "anomaly")))
+    if "race" in values:
+        rules = values["race"]
+        draws = paper_draws(rules["most"], rules["seed"])
+        race = PaperRace(draws, rules["least"], rules["every"], rules["alpha"])
+        return Budget(draws, RaceReader(draws.sigmas, rules["temperature"]), held, race)
+    sequence, said = Sequence(depths, values["threshold"]), values["agreement"]
+    return Budget(draws, sequence, held, sequence, Agreement(**said) if said else None)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -259,15 +276,17 @@ def _sha256(path: Path) -> str:
 
 
 def _vector_errors(
-    denoiser: EDMDenoiser, pixels: np.ndarray, columns: int
+    meter: Meter, device: torch.device | str, pixels: np.ndarray, columns: int
 ) -> Float[np.ndarray, "n t k"]:
     """Errors of a few images at a few noise levels, with fixed noise."""
-    device = next(denoiser.parameters()).device
     images = to_tensor(pixels).to(device)
     noise = standard_normal(tuple(images.shape), 0, "test vectors", 0).to(device)
     labels = torch.arange(columns, device=device).expand(len(images), -1)
     with torch.inference_mode():
-        found = [squared_errors(denoiser, images, noise, s, labels) for s in VECTOR_SIGMAS]
+        found = [
+            meter(images, noise, torch.full((len(images),), sigma, device=device), labels)
+            for sigma in VECTOR_SIGMAS
+        ]
     return torch.stack(found, dim=1).cpu().numpy()
 
 
@@ -280,7 +299,8 @@ def _write_vectors(path: Path, denoiser: EDMDenoiser, size: int, classes: Classe
         [np.where(d, c[:, None, None], 220) for d, c in zip(discs, colours, strict=True)]
     )
     pixels = pixels.astype(np.uint8)
-    np.savez(path, pixels=pixels, errors=_vector_errors(denoiser, pixels, len(classes) + 1))
+    errors = _vector_errors(DenoiserMeter(denoiser), "cpu", pixels, len(classes) + 1)
+    np.savez(path, pixels=pixels, errors=errors)
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -366,7 +386,7 @@ def verify(model: str | Path, device: str | torch.device = "cpu") -> float:
     loaded = load(model, device)
     with np.load(loaded.folder / "test_vectors.npz", allow_pickle=False) as vectors:
         pixels, wanted = vectors["pixels"], vectors["errors"]
-    found = _vector_errors(loaded.denoiser, pixels, len(loaded.classes) + 1)
+    found = _vector_errors(loaded.classifier.meter, device, pixels, len(loaded.classes) + 1)
     worst = float(np.abs(found / wanted - 1).max())
     if not worst <= TOLERANCE:  # also where it is no number
         raise ModelError(

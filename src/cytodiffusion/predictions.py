@@ -11,10 +11,11 @@ import csv
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ import pyarrow as pa
 import torch
 from pyarrow import csv as pa_csv
 from pyarrow import parquet
+from torch import Tensor
 
 from cytodiffusion.bundle import Model
 from cytodiffusion.classify.classifier import COVERAGE, Reading
-from cytodiffusion.classify.conformal import check_coverage
+from cytodiffusion.classify.conformal import Sets, check_coverage, check_sets
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import Loaded, load_one
 from cytodiffusion.data.sample import Sample
@@ -43,12 +45,15 @@ class Request:
     budget: str = "balanced"
     crop: float | None = None  # overrides the bundle's centre crop
     coverage: float = COVERAGE
+    sets: Sets = "all"  # covered over all cells, or class by class
+    prior: tuple[float, ...] | None = None  # how often each class comes up; None: as in training
     answers: tuple[str, ...] | None = None  # restricts the classes that may be answered
-    batch: int = 32
+    batch: int = 32  # rows written at a time
     workers: int = 2
 
     def __post_init__(self) -> None:
         check_coverage(self.coverage)
+        check_sets(self.sets)
         Classes(self.answers or ())  # none is named twice
 
     def fingerprint(self, model: Model) -> dict[str, Any]:
@@ -61,51 +66,62 @@ class Request:
             "budget": self.budget,
             "crop": self.crop or model.preprocess.crop,
             "coverage": self.coverage,
+            "sets": self.sets,
+            "prior": list(self.prior) if self.prior else None,
             "classes": list(self.answers or model.classes.names),
         }
 
 
 def name_cells(model: Model, samples: Sequence[Sample], request: Request) -> Iterator[list[Row]]:
-    """Rows for the samples, a batch at a time and in order; an unreadable image gets a row too.
+    """Rows for the samples, some at a time, as they are done; an unreadable image gets a row too.
 
-    Each of `workers` threads reads and names whole batches on one core; a bounded number is in
-    flight.
+    Each of `workers` threads reads and names cells of its own on one core.
     """
     torch.set_num_threads(1)
-    batches = [
-        samples[start : start + request.batch] for start in range(0, len(samples), request.batch)
-    ]
-    with ThreadPoolExecutor(request.workers) as pool:
-        running: list[Future[list[Row]]] = []
-        for batch in batches:
-            running.append(pool.submit(_name_batch, model, batch, request))
-            if len(running) > 2 * request.workers:
-                yield running.pop(0).result()
-        for future in running:
-            yield future.result()
-
-
-def _name_batch(model: Model, samples: Sequence[Sample], request: Request) -> list[Row]:
-    began = time.perf_counter()
-    preprocess = model.preprocess
+    preprocess, classifier = model.preprocess, model.classifier
     if request.crop:
         preprocess = Preprocess(size=preprocess.size, crop=request.crop)
-    loaded = [load_one(sample, preprocess) for sample in samples]
-    good = [item for item in loaded if item.pixels is not None]
-    if not good:
-        return [_unreadable(item, model) for item in loaded]
-    pixels = np.stack([item.pixels for item in good if item.pixels is not None])
-    digests = [item.sha256 for item in good]
-    table = model.classifier.measure(to_tensor(pixels), digests, request.budget)
-    reading = model.classifier.read(table, request.budget, request.coverage)
-    if request.answers:
-        reading = reading.restrict(request.answers)
-    spent = 1000 * (time.perf_counter() - began) / len(loaded)
-    rows = iter(_rows(good, reading, model, spent))
-    return [next(rows) if item.pixels is not None else _unreadable(item, model) for item in loaded]
+    loaded: dict[int, Loaded] = {}  # of the cells in flight
+    unread: Queue[Row] = Queue()
+
+    def prepare(numbered: tuple[int, Sample]) -> tuple[Tensor, str] | None:
+        place, sample = numbered
+        item = load_one(sample, preprocess)
+        if item.pixels is None:
+            unread.put(_unreadable(item, model))
+            return None
+        loaded[place] = replace(item, pixels=None)
+        return to_tensor(item.pixels).to(classifier.device), item.sha256
+
+    work = classifier.measurement(request.budget).stream(
+        classifier.meter, enumerate(samples), prepare, request.workers
+    )
+    began = time.perf_counter()
+    while done := list(islice(work, request.batch)):
+        items = [loaded.pop(place) for place, _ in done]
+        errors = np.stack([found for _, found in done])
+        reading = _read(model, request, errors, [item.sha256 for item in items])
+        spent, began = 1000 * (time.perf_counter() - began) / len(done), time.perf_counter()
+        yield [*_rows(items, reading, model, spent), *_taken(unread)]
+    if rows := _taken(unread):
+        yield rows
+
+
+def _taken(queue: Queue[Row]) -> list[Row]:
+    return [queue.get() for _ in range(queue.qsize())]
+
+
+def _read(model: Model, request: Request, errors: np.ndarray, digests: list[str]) -> Reading:
+    table = model.classifier.table(errors, digests, request.budget)
+    prior = None if request.prior is None else np.array(request.prior)
+    reading = model.classifier.read(
+        table, request.budget, request.coverage, sets=request.sets, prior=prior
+    )
+    return reading.restrict(request.answers) if request.answers else reading
 
 
 def _rows(loaded: list[Loaded], reading: Reading, model: Model, spent: float) -> Iterator[Row]:
+    """`spent`: milliseconds a cell that this run took, all workers together."""
     for item, answer in zip(loaded, reading.answers(), strict=True):
         chances = zip(reading.classes, answer.probabilities, strict=True)
         yield {

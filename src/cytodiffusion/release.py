@@ -15,19 +15,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from cytodiffusion import __version__
 from cytodiffusion.classify.calibrate import nll, out_of_fold
 from cytodiffusion.classify.classifier import Budget
 from cytodiffusion.classify.draws import stratified
-from cytodiffusion.classify.fit import (
-    Plan,
-    candidates,
-    fit_budgets,
-    fit_race,
-    measure_in_parts,
-    race_part,
-)
+from cytodiffusion.classify.evidence import DenoiserMeter, Meter
+from cytodiffusion.classify.fit import Plan, candidates, fit_budgets, fit_race, race_part
+from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import PaperRace, paper_draws
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import load_images
@@ -105,9 +101,9 @@ def validator(pixels: Pixels, classes: int, together: bool) -> Validate:
     images, draws = to_tensor(pixels.images), stratified(4, 0.05, 4.0, frozen=True)
 
     def validate(denoiser: Denoiser) -> dict[str, float]:
-        parts = measure_in_parts(denoiser, images, pixels.digests, draws, classes, POSES, together)
-        errors = np.concatenate(list(parts))[:, :, :-1]
-        return scores(out_of_fold(errors, pixels.labels), pixels.labels)
+        measurement = Measurement(draws, classes + 1, POSES, together=together)
+        errors = measurement.measure(DenoiserMeter(denoiser), images, pixels.digests)
+        return scores(out_of_fold(errors[:, :, :-1], pixels.labels), pixels.labels)
 
     return validate
 
@@ -133,32 +129,41 @@ class Calibrated:
     scores: dict[str, dict[str, float]]
 
 
+def measured(
+    measurement: Measurement, meter: Meter, pixels: Pixels, rows: Int[np.ndarray, " m"],
+    workers: int = 1, before: int = 0,
+) -> Generator[int, None, Float[np.ndarray, "m t k1"]]:  # fmt: skip
+    """Yield how many cells are measured, added to `before`; returns the errors of these rows."""
+    errors = np.full((len(rows), len(measurement.draws), measurement.columns), np.nan, np.float32)
+
+    def prepare(row: int) -> tuple[Tensor, str]:
+        return to_tensor(pixels.images[row]), pixels.digests[row]
+
+    for done, (place, found) in enumerate(
+        measurement.stream(meter, rows.tolist(), prepare, workers), start=1
+    ):
+        errors[place] = found
+        yield before + done
+    return errors
+
+
 def calibrate(
-    denoiser: Denoiser, pixels: Pixels, classes: int, together: bool, plan: Plan
+    meter: Meter, pixels: Pixels, classes: int, together: bool, plan: Plan, workers: int = 1
 ) -> Generator[int, None, Calibrated]:
     """Yield how many held-out cells are measured; returns the fitted budgets."""
-    images, truth, digests = to_tensor(pixels.images), pixels.labels, pixels.digests
+    truth, columns = pixels.labels, classes + 1
+    every = Measurement(candidates(plan), columns, POSES, together=together)
+    errors = yield from measured(every, meter, pixels, np.arange(len(truth)), workers)
+    budgets = fit_budgets(errors, truth, plan)
+
     rows = race_part(truth, plan.race_cells, plan.seed)
     race = PaperRace(paper_draws(plan.race_most, plan.seed))
-    work = (
-        (np.arange(len(truth)), candidates(plan), None),
-        (rows, race.draws.first(plan.race_trials), race),
+    short = Measurement(
+        race.draws.first(plan.race_trials), columns, POSES, race, together, anyone=together
     )
-    measured, done = [], 0
-    for chosen, draws, policy in work:
-        parts, names = [], [digests[i] for i in chosen]
-        for part in measure_in_parts(
-            denoiser, images[chosen], names, draws, classes, POSES, together, policy
-        ):
-            parts.append(part)
-            done += len(part)
-            yield done
-        measured.append(np.concatenate(parts))
-    budgets, judged = {}, {}
-    for name, budget, probabilities in fit_budgets(measured[0], truth, plan):
-        budgets[name], judged[name] = budget, scores(probabilities, truth)
-    budgets["paper"], probabilities = fit_race(measured[1], truth[rows], race)
-    judged["paper"] = scores(probabilities, truth[rows])
+    errors = yield from measured(short, meter, pixels, rows, workers, before=len(truth))
+    budgets["paper"] = fit_race(errors, truth[rows], race)
+    judged = {name: scores(b.held.probabilities, b.held.truth) for name, b in budgets.items()}
     return Calibrated(budgets, judged)
 
 
@@ -191,13 +196,23 @@ def make_card(
 ) -> str:  # fmt: skip
     """The model card: what it is, where it came from, how it did on validation."""
     rows = "\n".join(
-        f"| {budget} | {'race' if budget == 'paper' else len(calibrated.budgets[budget].draws)} "
+        f"| {budget} | {_trials(calibrated.budgets[budget])} "
         f"| {s['balanced_accuracy']:.4f} | {s['accuracy']:.4f} | {s['nll']:.4f} |"
         for budget, s in calibrated.scores.items()
     )
     words = {"name": name, "classes": ", ".join(classes), "form": form, "rows": rows}
     shape = {"parameters": parameters / 1e6, "crop": preprocess.crop, "size": preprocess.size}
     return CARD.format(**words, **shape, **origin)
+
+
+def _trials(budget: Budget) -> str:
+    """How many trials a cell runs, for the card."""
+    if isinstance(budget.policy, PaperRace):
+        return "race"
+    said = budget.agreement
+    if said is None:
+        return str(len(budget.draws))
+    return f"{said.trials:.2f} in the mean; answers differ from `full` in at most {said.bound:.2%}"
 
 
 def commit() -> str:

@@ -11,8 +11,8 @@ units of their 95 % quantile on held-out cells:
     a1 = smallest Mahalanobis distance of g to a class mean (one pooled, shrunk covariance)
     a2 = -ln of the largest class probability
 
-anomaly = s / (1 + s) with s = a1 / q95 + a2 / q95; anomaly_p is the conformal p-value, the share of
-held-out cells that are at least as strange. No anomalous image is used.
+anomaly = s / (1 + s) with s = a1 / q95 + a2 / q95; anomaly_p (`HeldOut.p_value`) is the conformal
+p-value, the share of held-out cells that are at least as strange. No anomalous image is used.
 
 Source: METHOD 4; Lee et al. 2018, A Simple Unified Framework, arXiv 1807.03888; Ledoit and Wolf 2004.
 """
@@ -37,26 +37,22 @@ class AnomalyModel:
     means: Float[np.ndarray, "k f"]
     precision: Float[np.ndarray, "f f"]
     units: Float[np.ndarray, " 2"]  # 95 % quantiles of a1 and a2
-    scores: Float[np.ndarray, " n"]  # s of the held-out cells, rising
+    limit: float  # 95 % quantile of the anomaly
 
     def anomaly(
         self, errors: Float[np.ndarray, "m t k1"], probabilities: Float[np.ndarray, "m k"]
     ) -> Float[np.ndarray, " m"]:
         """0 to 1, higher is stranger. The last column of `errors` is "any cell"."""
-        s = self._strangeness(errors, probabilities)
-        return s / (1 + s)
+        a1 = distance(pattern(errors), self.means, self.precision)
+        return squash(a1, doubt(probabilities), self.units)
 
-    def p_value(self, anomaly: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-        """(1 + number of held-out cells at least as strange) / (1 + number of held-out cells)."""
-        s = anomaly / np.maximum(1 - anomaly, 1e-12)
-        at_least = len(self.scores) - np.searchsorted(self.scores, s * (1 - 1e-9))
-        return (1 + at_least) / (1 + len(self.scores))
 
-    def _strangeness(self, errors: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-        both = np.stack(
-            [distance(pattern(errors), self.means, self.precision), doubt(probabilities)]
-        )
-        return (both / self.units[:, None]).sum(0)
+def squash(
+    a1: Float[np.ndarray, " m"], a2: Float[np.ndarray, " m"], units: Float[np.ndarray, " 2"]
+) -> Float[np.ndarray, " m"]:
+    """s / (1 + s) for the sum s of the two scores in their units."""
+    s = a1 / units[0] + a2 / units[1]
+    return s / (1 + s)
 
 
 def pattern(errors: Float[np.ndarray, "m t k1"]) -> Float[np.ndarray, "m f"]:
@@ -90,13 +86,14 @@ def fit_anomaly(
     errors: Float[np.ndarray, "m t k1"],
     truth: Int[np.ndarray, " m"],
     probabilities: Float[np.ndarray, "m k"],
-) -> AnomalyModel:
-    """Fit on held-out cells; their own scores come from fits without them."""
+) -> tuple[AnomalyModel, Float[np.ndarray, " m"]]:
+    """Fit on held-out cells; also returns their own anomaly, each from fits without it."""
     g, classes = pattern(errors), probabilities.shape[1]
     a1 = np.zeros(len(truth))
     for fit, held in folds(truth, classes):
         a1[held] = distance(g[held], *_gaussian(g[fit], truth[fit], classes))
-    both = np.stack([a1, doubt(probabilities)])
-    units = np.quantile(both, QUANTILE, axis=1).clip(min=1e-9)
-    scores = np.sort((both / units[:, None]).sum(0))
-    return AnomalyModel(*_gaussian(g, truth, classes), units, scores)
+    a2 = doubt(probabilities)
+    units = np.quantile(np.stack([a1, a2]), QUANTILE, axis=1).clip(min=1e-9)
+    anomaly = squash(a1, a2, units)
+    limit = float(np.quantile(anomaly, QUANTILE))
+    return AnomalyModel(*_gaussian(g, truth, classes), units, limit), anomaly

@@ -30,6 +30,35 @@ FOLDS = 5
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What the calibration cells were told, each by fits without it."""
+
+    truth: Int[np.ndarray, " n"]
+    probabilities: Float[np.ndarray, "n k"]
+    anomaly: Float[np.ndarray, " n"]
+
+    @property
+    def prior(self) -> Float[np.ndarray, " k"]:
+        """Share of each class among them: the prior that the fitted probabilities carry."""
+        counts = np.bincount(self.truth, minlength=self.probabilities.shape[1])
+        return counts / counts.sum()
+
+    def p_value(self, anomaly: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+        """(1 + calibration cells at least as strange) / (1 + calibration cells)."""
+        scores = np.sort(self.anomaly)
+        at_least = len(scores) - np.searchsorted(scores, anomaly * (1 - 1e-9))
+        return (1 + at_least) / (1 + len(scores))
+
+
+def change_prior(
+    probabilities: Float[np.ndarray, "n k"], ratio: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, "n k"]:
+    """Probabilities where class k is `ratio[k]` times as frequent as in the fit (Bayes' rule)."""
+    moved = (probabilities * ratio).clip(1e-300)
+    return moved / moved.sum(1, keepdims=True)
+
+
+@dataclass(frozen=True)
 class PrefixPosterior:
     """p_n(k | x) for one prefix n of the trials."""
 
@@ -78,10 +107,17 @@ def out_of_fold(
     errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"], seed: int = 0
 ) -> Float[np.ndarray, "m k"]:
     """Probabilities of each cell from weights fitted without it."""
-    probabilities = np.zeros((len(truth), errors.shape[2]))
+    return softmax(out_of_fold_logits(errors, truth, seed), axis=1)
+
+
+def out_of_fold_logits(
+    errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"], seed: int = 0
+) -> Float[np.ndarray, "m k"]:
+    """Logits of each cell, in nats, from weights fitted without it."""
+    logits = np.zeros((len(truth), errors.shape[2]))
     for fit, held in folds(truth, errors.shape[2], seed):
-        probabilities[held] = fit_prefix(errors[fit], truth[fit]).probabilities(errors[held])
-    return probabilities
+        logits[held] = fit_prefix(errors[fit], truth[fit]).logits(errors[held])
+    return logits
 
 
 def folds(

@@ -2,9 +2,10 @@
 
     images -> measure -> ErrorTable -> read -> probabilities, conformal set, anomaly, flag
 
-A budget says how many trials a cell gets. `fast`, `balanced` and `full` are prefixes of one list of
-trials, read with the weights fitted for that prefix; `paper` is the paper's race, read with its
-relative errors and one temperature. Reading needs no network: a saved table gives the same answer.
+A budget says how many trials a cell gets. `fast`, `balanced` and `full` run one list of trials and
+stop when more of them would not change the answer (sequential.py): `full` never does so early.
+`paper` is the paper's race, read with its relative errors and one temperature. Reading needs no
+network: a saved table gives the same answer.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from jaxtyping import Bool, Float, Int
 from scipy.special import softmax
 from torch import Tensor
 
-from cytodiffusion.classify.anomaly import AnomalyModel
-from cytodiffusion.classify.calibrate import PrefixPosterior
-from cytodiffusion.classify.conformal import lac_sets, lac_threshold
+from cytodiffusion.classify.calibrate import HeldOut, change_prior
+from cytodiffusion.classify.conformal import Sets, lac_sets, thresholds
 from cytodiffusion.classify.draws import Draws
-from cytodiffusion.classify.evidence import Policy, Pose, measure
+from cytodiffusion.classify.evidence import DenoiserMeter, Meter
+from cytodiffusion.classify.measure import BATCH, Measurement, Policy, Pose
 from cytodiffusion.classify.race import last_standing, zeta
+from cytodiffusion.classify.sequential import Agreement
 from cytodiffusion.errors import SettingsError
 from cytodiffusion.types import Answer, Classes, Denoiser, ErrorTable
 
 ALARM = 0.01  # share of normal cells that may be called anomalous
 COVERAGE = 0.95  # of the conformal sets
+GPU_BATCH = 256  # rows a pass where there is a GPU
 
 
 @runtime_checkable
@@ -41,29 +44,6 @@ class Reader(Protocol):
 
     def anomaly(self, errors: np.ndarray, probabilities: np.ndarray) -> Float[np.ndarray, " n"]: ...
 
-    def p_value(self, anomaly: np.ndarray) -> Float[np.ndarray, " n"]: ...
-
-
-@dataclass(frozen=True)
-class PrefixReader:
-    """Reads a fixed number of trials with fitted weights."""
-
-    posterior: PrefixPosterior
-    anomalies: AnomalyModel
-
-    def probabilities(self, errors: np.ndarray) -> Float[np.ndarray, "n k"]:
-        """p_n(k | x) of calibrate.py."""
-        return self.posterior.probabilities(errors[:, :, :-1])
-
-    def anomaly(self, errors: np.ndarray, probabilities: np.ndarray) -> Float[np.ndarray, " n"]:
-        """0 to 1, higher is stranger."""
-        used = errors[:, : len(self.posterior.weight)]
-        return self.anomalies.anomaly(used, probabilities)
-
-    def p_value(self, anomaly: np.ndarray) -> Float[np.ndarray, " n"]:
-        """Share of held-out cells at least as strange."""
-        return self.anomalies.p_value(anomaly)
-
 
 @dataclass(frozen=True)
 class RaceReader:
@@ -71,7 +51,6 @@ class RaceReader:
 
     sigmas: np.ndarray
     temperature: float
-    scores: np.ndarray  # anomaly of held-out cells, rising
 
     def probabilities(self, errors: np.ndarray) -> Float[np.ndarray, "n k"]:
         """softmax(-E_c / temperature); a class that left the race ranks behind those that did not."""
@@ -82,11 +61,6 @@ class RaceReader:
         """1 / (1 + exp(zeta)): the paper's score, turned so that higher is stranger."""
         return 1 / (1 + np.exp(zeta(errors[:, :, :-1], self.sigmas[: errors.shape[1]])))
 
-    def p_value(self, anomaly: np.ndarray) -> Float[np.ndarray, " n"]:
-        """Share of held-out cells at least as strange."""
-        at_least = len(self.scores) - np.searchsorted(self.scores, anomaly)
-        return (1 + at_least) / (1 + len(self.scores))
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -94,8 +68,9 @@ class Budget:
 
     draws: Draws
     reader: Reader
-    conformal: Float[np.ndarray, " n"]  # 1 - p(true class) of held-out cells
+    held: HeldOut
     policy: Policy | None = None
+    agreement: Agreement | None = None  # with the answer of all trials, where it may stop early
 
 
 @dataclass(frozen=True)
@@ -172,9 +147,11 @@ class Classifier:
         together: bool = True,
         name: str = "",
         device: str | torch.device = "cpu",
+        meter: Meter | None = None,
     ) -> None:
         self.denoiser, self.classes, self.budgets = denoiser, classes, budgets
         self.poses, self.together, self.name, self.device = poses, together, name, device
+        self.meter = meter or DenoiserMeter(denoiser)
 
     def budget(self, name: str) -> Budget:
         """Raises SettingsError, naming the budgets there are."""
@@ -183,6 +160,15 @@ class Classifier:
             raise SettingsError(f"This model has no budget '{name}'. It has: {known}.")
         return self.budgets[name]
 
+    def measurement(self, budget: str = "balanced") -> Measurement:
+        """How the cells of a budget are measured."""
+        chosen = self.budget(budget)
+        return Measurement(
+            chosen.draws, len(self.classes) + 1, self.poses, chosen.policy, self.together,
+            anyone=self.together or not isinstance(chosen.reader, RaceReader),
+            batch=BATCH if str(self.device) == "cpu" else GPU_BATCH,
+        )  # fmt: skip
+
     def measure(
         self,
         images: Float[Tensor, "n c h w"] | np.ndarray,
@@ -190,32 +176,46 @@ class Classifier:
         budget: str = "balanced",
     ) -> ErrorTable:
         """Errors of every class in every trial. `digests` default to those of the pixels."""
-        chosen = self.budget(budget)
         tensor = torch.as_tensor(images, dtype=torch.float32)
         names = list(digests) if digests is not None else [digest(image) for image in tensor]
-        errors = measure(
-            self.denoiser, tensor.to(self.device), names, chosen.draws, len(self.classes) + 1,
-            poses=self.poses, policy=chosen.policy, together=self.together,
-            anyone=chosen.policy is None,
-        )  # fmt: skip
-        sigmas, seed = chosen.draws.sigmas, chosen.draws.seed
-        return ErrorTable(errors, sigmas, tuple(names), self.classes, seed, self.name)
+        errors = self.measurement(budget).measure(self.meter, tensor.to(self.device), names)
+        return self.table(errors, names, budget)
+
+    def table(self, errors: np.ndarray, digests: Sequence[str], budget: str) -> ErrorTable:
+        """Measured errors with what belongs to them."""
+        draws = self.budget(budget).draws
+        return ErrorTable(errors, draws.sigmas, tuple(digests), self.classes, draws.seed, self.name)
 
     def read(
-        self, table: ErrorTable, budget: str = "balanced", coverage: float = COVERAGE
+        self,
+        table: ErrorTable,
+        budget: str = "balanced",
+        coverage: float = COVERAGE,
+        *,
+        sets: Sets = "all",
+        prior: Float[np.ndarray, " k"] | None = None,
     ) -> Reading:
-        """Answers from a measured, or saved and loaded, table."""
+        """Answers from a measured, or saved and loaded, table.
+
+        `prior`: how often each class comes up where the cells are from, any positive numbers;
+        without one, as often as among the calibration cells. When to stop was decided without it.
+        """
         chosen, errors = self.budget(budget), table.errors
         ran = ~np.isnan(errors)
-        probabilities = chosen.reader.probabilities(errors)
-        anomaly = chosen.reader.anomaly(errors, probabilities)
+        fitted = chosen.reader.probabilities(errors)
+        anomaly = chosen.reader.anomaly(errors, fitted)
+        ratio = np.ones(len(self.classes)) if prior is None else _ratio(prior, chosen.held.prior)
+        held = change_prior(chosen.held.probabilities, ratio)
+        probabilities = change_prior(fitted, ratio)
         trials = ran.any(2).sum(1)
         return Reading(
             classes=self.classes,
             probabilities=probabilities,
-            sets=lac_sets(probabilities, lac_threshold(chosen.conformal, coverage)),
+            sets=lac_sets(
+                probabilities, thresholds(held, chosen.held.truth, coverage, sets, ratio)
+            ),
             anomaly=anomaly,
-            anomaly_p=chosen.reader.p_value(anomaly),
+            anomaly_p=chosen.held.p_value(anomaly),
             trials=trials,
             passes=(trials if self.together else ran.sum((1, 2))).astype(float),
         )
@@ -232,6 +232,18 @@ class Classifier:
     def anomaly_score(self, images: Tensor | np.ndarray, budget: str = "balanced") -> np.ndarray:
         """How strange each image is, (n,), 0 to 1; higher is stranger."""
         return self.read(self.measure(images, budget=budget), budget).anomaly
+
+
+def _ratio(
+    prior: Float[np.ndarray, " k"], fitted: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, " k"]:
+    """How much more often than in the fit each class comes up. Raises SettingsError."""
+    if not (np.isfinite(prior).all() and (prior > 0).all()):
+        raise SettingsError(
+            "A prior needs a positive number for every class; for a class that cannot come up, "
+            "restrict the answers instead."
+        )
+    return prior / prior.sum() / fitted
 
 
 def digest(image: Tensor) -> str:

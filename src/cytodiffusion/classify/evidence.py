@@ -16,83 +16,48 @@ Source: Kong, Brekelmans and Ver Steeg 2023, Information-Theoretic Diffusion, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from cytodiffusion.classify.draws import Draws
 from cytodiffusion.types import Denoiser
 
-Pose = Callable[[Tensor], Tensor]
-Policy = Callable[[Float[np.ndarray, "n t k"]], Bool[np.ndarray, "n k"]]
 
+@runtime_checkable
+class Meter(Protocol):
+    """Measures how far the guess for each class is from the clean image.
 
-def squared_errors(
-    denoiser: Denoiser, clean: Float[Tensor, "n c h w"], noise: Float[Tensor, "n c h w"],
-    sigma: float, labels: Tensor,
-) -> Float[Tensor, "n k"]:  # fmt: skip
-    """Mean squared error of the guess for each label, in squared image units."""
-    levels = torch.full((len(clean),), sigma, device=clean.device)
-    guesses = denoiser(clean + sigma * noise, levels, labels)
-    return (guesses - clean[:, None]).square().mean((2, 3, 4))
-
-
-@torch.inference_mode()
-def measure(
-    denoiser: Denoiser,
-    images: Float[Tensor, "n c h w"],
-    digests: list[str],
-    draws: Draws,
-    columns: int,
-    *,
-    poses: tuple[Pose, ...],
-    policy: Policy | None = None,
-    together: bool = True,
-    anyone: bool = True,
-    batch: int = 64,
-) -> Float[np.ndarray, "n t k"]:
-    """Errors of every image in every trial, for `columns` labels: the classes, then "any cell".
-
-    After each trial `policy` is shown the errors so far (the classes only) and says which classes
-    are still in; what has left stays NaN from then on. An image with one class left is done.
-    `together` says that all labels come from one pass, so that an image is either computed whole or
-    not at all; otherwise every living (image, label) pair is a pass of its own. Both give the same.
+    All that a classifier needs of a network: an engine may compute it without making the guesses.
     """
-    errors = np.full((len(images), len(draws), columns), np.nan, dtype=np.float32)
-    alive = np.ones((len(images), columns), dtype=bool)
-    alive[:, -1] = anyone
-    shape = tuple(images.shape[1:])
-    for t, trial in enumerate(draws.trials):
-        rows, labels = _passes(alive, together)
-        for start in range(0, len(rows), batch):
-            some, asked = rows[start : start + batch], labels[start : start + batch]
-            clean = poses[trial.pose](images[some])
-            noise = draws.noise(t, [digests[i] for i in some], shape).to(clean)
-            wanted = torch.from_numpy(asked).to(clean.device)
-            found = squared_errors(denoiser, clean, noise, trial.sigma, wanted)
-            errors[some[:, None], t, asked] = found.float().cpu().numpy()
-        errors[:, t][~alive] = np.nan
-        if policy is not None:
-            running = alive.any(1)
-            alive[running, :-1] &= policy(errors[running, : t + 1, :-1])
-            alive[alive[:, :-1].sum(1) <= 1] = False
-            if not alive.any():
-                break
-    return errors
+
+    def __call__(
+        self,
+        clean: Float[Tensor, "n c h w"],
+        noise: Float[Tensor, "n c h w"],
+        sigma: Float[Tensor, " n"],
+        labels: Int[Tensor, "n k"],
+    ) -> Float[Tensor, "n k"]:
+        """Mean squared error of the guess for each label, in squared image units.
+
+        The network is shown clean + sigma noise, each image at its own noise level.
+        """
+        ...
 
 
-def _passes(
-    alive: Bool[np.ndarray, "n k"], together: bool
-) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, "p j"]]:
-    """The passes of a trial: which image each is for, and the labels it computes."""
-    if not together:
-        image, label = np.nonzero(alive)
-        return image, label[:, None]
-    running = np.flatnonzero(alive.any(1))
-    return running, np.tile(np.arange(alive.shape[1]), (len(running), 1))
+@dataclass(frozen=True)
+class DenoiserMeter:
+    """The errors of a `Denoiser`, computed from its guesses: what every engine is held to."""
+
+    denoiser: Denoiser
+
+    def __call__(
+        self, clean: Tensor, noise: Tensor, sigma: Float[Tensor, " n"], labels: Tensor
+    ) -> Float[Tensor, "n k"]:
+        guesses = self.denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
+        return (guesses - clean[:, None]).square().mean((2, 3, 4))
 
 
 def log_evidence(

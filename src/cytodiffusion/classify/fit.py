@@ -1,31 +1,43 @@
 """Fit every budget of a model on held-out cells.
 
 Candidate trials, spread over noise levels, are measured once on the held-out cells. A greedy search
-orders them by how much each adds; the first n of that order are the trials of a budget, and get
-weights, conformal scores and an anomaly model of their own. The paper's race needs one temperature,
-fitted on a part of the cells because it is slow.
+orders them by how much each adds. Every depth n of that order gets weights, a gate and an anomaly
+model of its own; a budget is how much disagreement with the answer of all trials it allows. The
+paper's race needs one temperature, fitted on a part of the cells because it is slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from scipy.special import softmax
 
 from cytodiffusion.classify.anomaly import fit_anomaly
-from cytodiffusion.classify.calibrate import choose_trials, fit_prefix, folds, nll, out_of_fold
-from cytodiffusion.classify.classifier import Budget, PrefixReader, RaceReader
-from cytodiffusion.classify.conformal import lac_scores
+from cytodiffusion.classify.calibrate import (
+    HeldOut,
+    choose_trials,
+    fit_prefix,
+    folds,
+    nll,
+    out_of_fold_logits,
+)
+from cytodiffusion.classify.classifier import Budget, RaceReader
 from cytodiffusion.classify.draws import Draws, stratified
-from cytodiffusion.classify.evidence import Policy, Pose, measure
 from cytodiffusion.classify.race import PaperRace
-from cytodiffusion.types import Denoiser
+from cytodiffusion.classify.sequential import (
+    Depth,
+    Sequence,
+    chance_of_same,
+    depths_reached,
+    fit_gate,
+    learn_threshold,
+)
 
-TRIALS = {"fast": 2, "balanced": 4, "full": 12}
+# Share of cells whose answer may differ from that of all trials; None: every cell runs them all.
+ALLOWED: dict[str, float | None] = {"fast": 0.02, "balanced": 0.005, "full": None}
 
 
 @dataclass(frozen=True)
@@ -35,30 +47,12 @@ class Plan:
     levels: int = 24  # candidate trials, frozen noise
     low: float = 0.04  # lowest noise level, image units
     high: float = 6.0  # highest
-    search: int = 4  # trials placed by greedy search; the rest follow in an even spread
+    trials: int = 12  # of a cell, at most
+    search: int = 6  # of them placed by greedy search; the rest follow in an even spread
     race_cells: int = 160  # held-out cells for the paper's race
     race_trials: int = 200  # most trials of the race while it is fitted
     race_most: int = 2000  # most trials of the race in use
     seed: int = 0
-
-
-def measure_in_parts(
-    denoiser: Denoiser,
-    images: Float[Tensor, "n c h w"],
-    digests: list[str],
-    draws: Draws,
-    classes: int,
-    poses: tuple[Pose, ...],
-    together: bool,
-    policy: Policy | None = None,
-    part: int = 32,
-) -> Iterator[Float[np.ndarray, "m t k1"]]:
-    """Errors of `part` images at a time."""
-    for start in range(0, len(images), part):
-        yield measure(
-            denoiser, images[start : start + part], digests[start : start + part], draws,
-            classes + 1, poses=poses, policy=policy, together=together, anyone=policy is None,
-        )  # fmt: skip
 
 
 def candidates(plan: Plan) -> Draws:
@@ -70,8 +64,8 @@ def order_trials(
     errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan
 ) -> list[int]:
     """Best first: a greedy start, then the trials farthest from all those already taken."""
-    order = choose_trials(errors[:, :, :-1], truth, plan.search)
-    most = min(max(TRIALS.values()), errors.shape[1])
+    order = choose_trials(errors[:, :, :-1], truth, min(plan.search, plan.trials))
+    most = min(plan.trials, errors.shape[1])
     while len(order) < most:
         left = [t for t in range(errors.shape[1]) if t not in order]
         order.append(max(left, key=lambda t: min(abs(t - taken) for taken in order)))
@@ -80,24 +74,48 @@ def order_trials(
 
 def fit_budgets(
     errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan
-) -> Iterator[tuple[str, Budget, Float[np.ndarray, "n k"]]]:
-    """Name, budget and out-of-fold probabilities of `fast`, `balanced` and `full`."""
+) -> dict[str, Budget]:
+    """`fast`, `balanced` and `full`, from errors of the candidate trials."""
     order = order_trials(errors, truth, plan)
     every = candidates(plan)
     draws = replace(every, trials=tuple(every.trials[t] for t in order))
-    for name, count in TRIALS.items():
-        if count <= len(order):
-            yield name, *fit_budget(draws.first(count), errors[:, order[:count]], truth)
+    return fit_sequence(draws, errors[:, order], truth)
 
 
-def fit_budget(
+def fit_sequence(
     draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"]
-) -> tuple[Budget, Float[np.ndarray, "n k"]]:
-    """One budget, and the probabilities it is judged by: from fits without the cell."""
-    probabilities = out_of_fold(errors[:, :, :-1], truth)
-    posterior = fit_prefix(errors[:, :, :-1], truth)
-    reader = PrefixReader(posterior, fit_anomaly(errors, truth, probabilities))
-    return Budget(draws, reader, np.sort(lac_scores(probabilities, truth))), probabilities
+) -> dict[str, Budget]:
+    """Budgets that run these trials, in this order. Held-out cells are judged by fits without them."""
+    counts = range(1, len(draws) + 1)
+    logits = [out_of_fold_logits(errors[:, :n, :-1], truth) for n in counts]
+    answers = np.stack([each.argmax(1) for each in logits], axis=1)
+    same = answers == answers[:, -1:]
+    depths, anomaly = [], []
+    for n in counts:
+        probabilities = softmax(logits[n - 1], axis=1)
+        strangers, strange = fit_anomaly(errors[:, :n], truth, probabilities)
+        gate = fit_gate(logits[n - 1], same[:, n - 1])
+        depths.append(Depth(fit_prefix(errors[:, :n, :-1], truth), gate, strangers))
+        anomaly.append(strange)
+    chance = np.stack(
+        [chance_of_same(x, depth.gate) for x, depth in zip(logits, depths, strict=True)], axis=1
+    )
+    beyond = np.stack(
+        [x > depth.anomalies.limit for x, depth in zip(anomaly, depths, strict=True)], axis=1
+    )
+    budgets = {}
+    for name, allowed in ALLOWED.items():
+        reader, agreement = Sequence(tuple(depths)), None
+        if allowed is not None:
+            threshold, agreement = learn_threshold(chance, beyond, same, allowed)
+            reader = replace(reader, threshold=threshold)
+        last = depths_reached(chance, beyond, reader.threshold) - 1
+        rows = np.arange(len(truth))
+        held = HeldOut(
+            truth, softmax(np.stack(logits)[last, rows], axis=1), np.stack(anomaly)[last, rows]
+        )
+        budgets[name] = Budget(draws, reader, held, reader, agreement)
+    return budgets
 
 
 def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np.ndarray, " m"]:
@@ -111,24 +129,20 @@ def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np
 
 def fit_race(
     errors: Float[np.ndarray, "m t k1"], truth: Int[np.ndarray, " m"], race: PaperRace
-) -> tuple[Budget, Float[np.ndarray, "m k"]]:
-    """The budget `paper` from races that were run, and the probabilities it is judged by."""
+) -> Budget:
+    """The budget `paper` from races that were run. Cells are judged by fits without them."""
 
-    def reader(log_temperature: float, scores: np.ndarray) -> RaceReader:
-        return RaceReader(race.draws.sigmas, float(np.exp(log_temperature)), scores)
+    def reader(log_temperature: float) -> RaceReader:
+        return RaceReader(race.draws.sigmas, float(np.exp(log_temperature)))
 
-    def missed(log_temperature: float, part: np.ndarray) -> float:
-        read = reader(log_temperature, np.zeros(0)).probabilities(errors[part])
-        return nll(read, truth[part])
+    def fitted(part: np.ndarray) -> RaceReader:
+        def missed(log_temperature: float) -> float:
+            return nll(reader(log_temperature).probabilities(errors[part]), truth[part])
 
-    def fitted(part: np.ndarray) -> float:
-        return float(minimize_scalar(missed, args=(part,), bounds=(-8, 4), method="bounded").x)
+        return reader(float(minimize_scalar(missed, bounds=(-8, 4), method="bounded").x))
 
-    classes = errors.shape[2] - 1
-    judged = np.zeros((len(truth), classes))
-    for fit, held in folds(truth, classes):
-        judged[held] = reader(fitted(fit), np.zeros(0)).probabilities(errors[held])
+    judged = np.zeros((len(truth), errors.shape[2] - 1))
+    for fit, held in folds(truth, judged.shape[1]):
+        judged[held] = fitted(fit).probabilities(errors[held])
     best = fitted(np.arange(len(truth)))
-    strange = np.sort(reader(best, np.zeros(0)).anomaly(errors, judged))
-    conformal = np.sort(lac_scores(judged, truth))
-    return Budget(race.draws, reader(best, strange), conformal, race), judged
+    return Budget(race.draws, best, HeldOut(truth, judged, best.anomaly(errors, judged)), race)

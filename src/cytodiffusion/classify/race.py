@@ -31,16 +31,19 @@ QUARTIC = (0.92706, 9.83654, -4.68406, 6.01854, -9.33979)  # p(tau), constant te
 
 @dataclass(frozen=True)
 class PaperRace:
-    """The paper's procedure as a policy for `evidence.measure`."""
+    """The paper's procedure as a policy of `measure.Measurement`."""
 
     draws: Draws
     least: int = 20
     every: int = 5
     alpha: float = 2e-3
 
-    def __call__(self, errors: Float[np.ndarray, "n t k"]) -> Bool[np.ndarray, "n k"]:
-        """Which classes stay in, given the errors of the trials so far (NaN: has left)."""
-        trials = errors.shape[1]
+    def __call__(self, errors: Float[np.ndarray, "n t k1"]) -> Bool[np.ndarray, "n k"]:
+        """Which classes stay in, given the errors of the trials so far (NaN: has left).
+
+        The last column, "any cell", takes no part.
+        """
+        trials, errors = errors.shape[1], errors[:, :, :-1]
         alive = ~np.isnan(errors[:, -1])
         if trials <= self.least or (trials - self.least - 1) % self.every:
             return alive

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -40,6 +40,20 @@ Crop = Annotated[
         max=4,
         help="Side of the centre crop / shorter side of the image, instead of the model's own; "
         "1 takes the whole image.",
+    ),
+]
+Coverage = Annotated[float, typer.Option("--coverage", help="Of the conformal sets.")]
+Sets = Annotated[
+    str,
+    typer.Option("--sets", help="Conformal sets that cover all cells taken together, or each class: "
+                 "all or class."),
+]  # fmt: skip
+Prior = Annotated[
+    str,
+    typer.Option(
+        "--prior",
+        help="How often each class comes up where the cells are from: training, uniform, or a YAML "
+        "file of class: share.",
     ),
 ]
 
@@ -123,6 +137,31 @@ def pick_device(name: str) -> str:
         usable = ", ".join(device for device, found in there.items() if found)
         raise SettingsError(f"There is no device '{name}' here. Usable: auto, {usable}.")
     return name
+
+
+def read_prior(words: str, classes: Sequence[str]) -> tuple[float, ...] | None:
+    """Share of each class, or None for that of training. Raises SettingsError."""
+    if words == "training":
+        return None
+    if words == "uniform":
+        return (1.0,) * len(classes)
+    import yaml
+
+    try:
+        given = yaml.safe_load(Path(words).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"The prior '{words}' is not training, not uniform, and no readable YAML file ({error})."
+        ) from error
+    shares = given if isinstance(given, dict) else {}
+    wrong = sorted(set(map(str, shares)) ^ set(classes))
+    bad = [name for name, x in shares.items() if not isinstance(x, int | float) or not x > 0]
+    if wrong or bad:
+        raise SettingsError(
+            f"{words} must give a positive share for each of the classes {', '.join(classes)}; missing, "
+            f"unknown or not positive: {', '.join(map(str, [*wrong, *bad]))}."
+        )
+    return tuple(float(shares[name]) for name in classes)
 
 
 def cores() -> int:

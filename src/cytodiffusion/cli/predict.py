@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -13,14 +13,18 @@ from cytodiffusion.cli.console import (
     NOTICE,
     Budget,
     Console,
+    Coverage,
     Crop,
     Device,
     Json,
     ModelName,
     Out,
+    Prior,
     Seed,
+    Sets,
     cores,
     pick_device,
+    read_prior,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +39,9 @@ def predict(
     model: ModelName = "pbc8",
     budget: Budget = "balanced",
     crop: Crop = None,
-    coverage: Annotated[float, typer.Option(help="Of the conformal sets.")] = 0.95,
+    coverage: Coverage = 0.95,
+    sets: Sets = "all",
+    prior: Prior = "training",
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -52,7 +58,8 @@ def predict(
     samples = read_dataset(source)
     loaded = load(model, pick_device(device))
     loaded.classifier.budget(budget)
-    request = Request(budget, crop, coverage, workers=cores())
+    shares = read_prior(prior, loaded.classes.names)
+    request = Request(budget, crop, coverage, cast("Any", sets), shares, workers=cores())
     console.note(NOTICE)
     rows = name_all(loaded, samples, request, out, console)
     call = f"cytodiffusion predict {source} -m {model} -o {out} --budget {budget}"

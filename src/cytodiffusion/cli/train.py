@@ -181,7 +181,10 @@ def write_bundle(
     run: Run, held: Pixels, folder: Path, name: str, origin: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Calibrate the best weights on the held-out cells and write the bundle."""
+    import torch
+
     from cytodiffusion.bundle import Parts, save_bundle
+    from cytodiffusion.classify.evidence import DenoiserMeter
     from cytodiffusion.classify.fit import Plan, race_part
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.release import calibrate, commit, make_card
@@ -191,8 +194,9 @@ def write_bundle(
     denoiser = run.denoiser("best" if run.best else "ema").cpu()
     together = settings.network.form == "heads"
     plan = Plan(seed=settings.seed)
+    torch.set_num_threads(1)  # one for each worker
     calibrated = console.follow(
-        calibrate(denoiser, held, len(classes), together, plan),
+        calibrate(DenoiserMeter(denoiser), held, len(classes), together, plan, workers=cores()),
         "calibrating", len(held.labels) + len(race_part(held.labels, plan.race_cells)), "cells",
     )  # fmt: skip
     origin = {

@@ -1,0 +1,207 @@
+"""Measure cells in full batches, each cell for no longer than it needs.
+
+A pool of cells is in flight. In every round each of them runs its next trial, for the classes that
+are still in; a cell that its policy calls done leaves, and the next one takes its place:
+
+    waiting cells -> pool -> rows (cell, labels) -> batches of one size -> errors -> policy -> done
+
+All batches have the same number of rows, the last of a round filled up with copies. So what is
+computed for a cell does not depend, to the bit, on the cells that happen to be beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from queue import Queue
+from threading import Lock, Thread
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cytodiffusion.classify.draws import Draws
+from cytodiffusion.classify.evidence import Meter
+
+T = TypeVar("T")
+Done = tuple[int, Float[np.ndarray, "t k"]]
+Pose = Callable[[Tensor], Tensor]
+Policy = Callable[[Float[np.ndarray, "n t k1"]], Bool[np.ndarray, "n k"]]
+
+BATCH = 16  # rows a pass
+POOL = 4  # batches of cells in flight
+
+
+@dataclass
+class Cell:
+    """One cell in the pool: what has been measured of it, and which labels are still in."""
+
+    index: int
+    image: Float[Tensor, "c h w"]
+    digest: str
+    errors: Float[np.ndarray, "t k"]  # NaN: not computed
+    alive: Bool[np.ndarray, " k"]
+    trials: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether one class is left, or the trials are used up."""
+        return self.trials == len(self.errors) or int(self.alive[:-1].sum()) <= 1
+
+
+class Waiting(Generic[T]):
+    """Sources that no thread has taken yet, numbered."""
+
+    def __init__(self, sources: Iterable[T]) -> None:
+        self._left, self._lock = enumerate(sources), Lock()
+        self.closed = False
+
+    def next(self) -> tuple[int, T] | None:
+        """The next one; None when there are no more."""
+        with self._lock:
+            return next(self._left, None)
+
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How cells are measured. `columns` labels: the classes, then "any cell".
+
+    After each trial `policy` is shown the errors so far, all columns, and says which classes are
+    still in; what has left stays NaN from then on, and a cell with fewer than two classes in is
+    done. `together` says that all labels come from one pass, so that a cell is computed whole;
+    otherwise every living (cell, label) pair is a pass of its own. Both give the same.
+    """
+
+    draws: Draws
+    columns: int
+    poses: tuple[Pose, ...]
+    policy: Policy | None = None
+    together: bool = True
+    anyone: bool = True  # whether "any cell" is measured
+    batch: int = BATCH
+
+    def stream(
+        self,
+        meter: Meter,
+        sources: Iterable[T],
+        prepare: Callable[[T], tuple[Tensor, str] | None],
+        workers: int = 1,
+    ) -> Iterator[Done]:
+        """(place in `sources`, errors) of each cell, in the order in which they are done.
+
+        `prepare` makes (image, digest) of a source; where it makes None, the source is passed over.
+        Each of `workers` threads prepares and measures cells of its own.
+        """
+        waiting = Waiting(sources)
+        if workers == 1:
+            yield from self._run(meter, waiting, prepare)
+            return
+        done: Queue[Done | BaseException | None] = Queue()
+
+        def work() -> None:
+            try:
+                for cell in self._run(meter, waiting, prepare):
+                    done.put(cell)
+                done.put(None)
+            except BaseException as error:  # raised again by the caller's thread
+                done.put(error)
+
+        threads = [Thread(target=work, daemon=True) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            while workers:
+                cell = done.get()
+                if isinstance(cell, BaseException):
+                    raise cell
+                if cell is None:
+                    workers -= 1
+                else:
+                    yield cell
+        finally:
+            waiting.closed = True  # nobody listens any more: threads leave their cells
+            for thread in threads:
+                thread.join()
+
+    def _run(
+        self, meter: Meter, waiting: Waiting[T], prepare: Callable[[T], tuple[Tensor, str] | None]
+    ) -> Iterator[Done]:
+        """One thread's share: keep the pool full, run a trial, let go of what is done."""
+        pool = list[Cell]()
+        while True:
+            while len(pool) < POOL * self.batch and (item := waiting.next()) is not None:
+                cell = prepare(item[1])
+                if cell is not None:
+                    pool.append(self._enter(item[0], *cell))
+            if not pool or waiting.closed:
+                return
+            self._run_trial(meter, pool)
+            self._decide(pool)
+            yield from ((cell.index, cell.errors) for cell in pool if cell.done)
+            pool = [cell for cell in pool if not cell.done]
+
+    def _enter(self, index: int, image: Tensor, digest: str) -> Cell:
+        errors = np.full((len(self.draws), self.columns), np.nan, dtype=np.float32)
+        alive = np.ones(self.columns, dtype=bool)
+        alive[-1] = self.anyone
+        return Cell(index, image, digest, errors, alive)
+
+    @torch.inference_mode()
+    def _run_trial(self, meter: Meter, pool: list[Cell]) -> None:
+        """The next trial of every cell in the pool."""
+        pool.sort(key=lambda cell: cell.trials)
+        groups = [(t, list(cells)) for t, cells in groupby(pool, key=lambda cell: cell.trials)]
+        clean = torch.cat([self._posed(t, cells) for t, cells in groups])
+        noise = torch.cat([self._noise(t, cells) for t, cells in groups]).to(clean)
+        sigma = torch.tensor([self.draws.trials[cell.trials].sigma for cell in pool]).to(clean)
+        rows, labels = self._rows(np.stack([cell.alive for cell in pool]))
+        for start in range(0, len(rows), self.batch):
+            some, asked = rows[start : start + self.batch], labels[start : start + self.batch]
+            filled = torch.from_numpy(np.resize(some, self.batch)).to(clean.device)
+            wanted = torch.from_numpy(np.resize(asked, (self.batch, asked.shape[1])))
+            found = meter(clean[filled], noise[filled], sigma[filled], wanted.to(clean.device))
+            for row, label, error in zip(some, asked, found.float().cpu().numpy(), strict=False):
+                pool[row].errors[pool[row].trials, label] = error
+        for cell in pool:
+            cell.errors[cell.trials, ~cell.alive] = np.nan
+            cell.trials += 1
+
+    def _posed(self, trial: int, cells: list[Cell]) -> Float[Tensor, "n c h w"]:
+        return self.poses[self.draws.trials[trial].pose](torch.stack([c.image for c in cells]))
+
+    def _noise(self, trial: int, cells: list[Cell]) -> Float[Tensor, "n c h w"]:
+        shape = tuple(cells[0].image.shape)
+        return self.draws.noise(trial, [cell.digest for cell in cells], shape)
+
+    def _rows(
+        self, alive: Bool[np.ndarray, "n k"]
+    ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, "p j"]]:
+        """The passes of a round: the cell each is for, and the labels that it computes."""
+        if self.together:
+            return np.arange(len(alive)), np.tile(np.arange(self.columns), (len(alive), 1))
+        row, label = np.nonzero(alive)
+        return row, label[:, None]
+
+    def _decide(self, pool: list[Cell]) -> None:
+        """Ask the policy about the cells that have run as many trials as each other."""
+        if self.policy is None:
+            return
+        for trials, group in groupby(pool, key=lambda cell: cell.trials):
+            cells = list(group)
+            still = self.policy(np.stack([cell.errors[:trials] for cell in cells]))
+            for cell, stays in zip(cells, still, strict=True):
+                cell.alive[:-1] &= stays
+
+    def measure(
+        self, meter: Meter, images: Float[Tensor, "n c h w"], digests: list[str]
+    ) -> Float[np.ndarray, "n t k"]:
+        """Errors of all these images, in their order."""
+        shape = (len(images), len(self.draws), self.columns)
+        errors = np.full(shape, np.nan, dtype=np.float32)
+        for i, found in self.stream(meter, zip(images, digests, strict=True), lambda cell: cell):
+            errors[i] = found
+        return errors
