@@ -358,7 +358,8 @@ def test_a_saved_calibration_gives_the_same_answers():
     budgets = fit_sequence(stratified(4, 0.1, 2.0, seed=3, frozen=True), errors, truth)
     budget, draws = budgets["balanced"], paper_draws(30, seed=5)
     held = HeldOut(truth, probabilities, np.random.default_rng(1).random(200))
-    race = Budget(draws, RaceReader(draws.sigmas, 0.3), held, PaperRace(draws, least=8, alpha=0.01))
+    rules = PaperRace(draws, least=8, alpha=0.01)
+    race = Budget(draws, RaceReader(rules.weights, 0.3), held, rules)
     budgets["paper"] = race
     again = calibration_from_json(json.loads(json.dumps(calibration_to_json(budgets))))
     assert again["balanced"].draws == budget.draws

@@ -465,7 +465,7 @@ def test_evaluate_past_an_unreadable_image(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_train_leaves_what_it_promises(tiny: Tiny) -> None:
     assert set(tiny.said.json) == {"bundle", "validation"}
-    assert set(tiny.said.json["validation"]) == {"fast", "balanced", "full", "paper"}
+    assert set(tiny.said.json["validation"]) == {"fast", "balanced", "full", "race", "paper"}
     there = {path.name for path in tiny.run.iterdir()}
     assert there >= {"bundle", "settings.yaml", "splits.csv", "metrics.jsonl", "checkpoint"}
     for line in tiny.said.err.splitlines():

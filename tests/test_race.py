@@ -105,6 +105,7 @@ def test_a_class_that_has_left_stays_out():
 # --- scores --------------------------------------------------------------------------------------
 
 SIGMAS = paper_draws(30).sigmas
+WEIGHTS = paper_weight(SIGMAS)
 
 
 def some_errors(n: int = 5, trials: int = 30, classes: int = 8) -> np.ndarray:
@@ -130,16 +131,16 @@ def standing_by_hand(errors: np.ndarray) -> np.ndarray:
 def test_standing_is_the_papers_relative_error():
     errors = some_errors()
     want = np.stack([standing_by_hand(one) for one in errors])
-    np.testing.assert_allclose(standing(errors, SIGMAS), want)
+    np.testing.assert_allclose(standing(errors, WEIGHTS), want)
 
 
 def test_those_that_left_stand_behind_those_that_stayed():
     errors = some_errors()
     errors[0, :21, -1] = 0.0  # by its mean it would win
-    scores = last_standing(errors, SIGMAS)
+    scores = last_standing(errors, WEIGHTS)
     assert scores[0].argmax() == 7
     assert np.sort(scores[1].argsort()[-2:]).tolist() == [0, 1]
-    np.testing.assert_allclose(scores[2:], standing(errors, SIGMAS)[2:])
+    np.testing.assert_allclose(scores[2:], standing(errors, WEIGHTS)[2:])
 
 
 def zeta_by_hand(scores: np.ndarray, classes: int) -> float:
@@ -152,14 +153,14 @@ def zeta_by_hand(scores: np.ndarray, classes: int) -> float:
 @pytest.mark.parametrize("classes", [3, 8, 14])
 def test_zeta(classes):
     errors = some_errors(classes=classes)
-    want = [zeta_by_hand(row, classes) for row in standing(errors, SIGMAS)]
-    np.testing.assert_allclose(zeta(errors, SIGMAS), want)
+    want = [zeta_by_hand(row, classes) for row in standing(errors, WEIGHTS)]
+    np.testing.assert_allclose(zeta(errors, WEIGHTS), want)
 
 
 def test_zeta_is_high_where_one_class_stands_out():
     clear, muddled = np.full((1, 1, 5), 2.0), np.array([[[1.0, 1.4, 2.0, 2.4, 3.0]]])
     clear[..., 0] = 1.0
-    assert zeta(clear, SIGMAS[:1]) > zeta(muddled, SIGMAS[:1])
+    assert zeta(clear, WEIGHTS[:1]) > zeta(muddled, WEIGHTS[:1])
 
 
 # --- a whole race --------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_a_race_between_classes_that_are_far_apart(together):
     )
     errors = measurement.measure(DenoiserMeter(world), images, names)[:, :, :-1]
     passes = (~np.isnan(errors)).sum((1, 2))
-    assert (last_standing(errors, draws.sigmas).argmin(1) == truth.numpy()).all()
+    assert (last_standing(errors, paper_weight(draws.sigmas)).argmin(1) == truth.numpy()).all()
     assert passes.min() >= 21 * classes
     assert passes.max() < 60 * classes
 

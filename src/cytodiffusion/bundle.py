@@ -34,7 +34,7 @@ from cytodiffusion.classify.calibrate import HeldOut, PrefixPosterior
 from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader, Reading
 from cytodiffusion.classify.draws import Draws, Trial, standard_normal
 from cytodiffusion.classify.evidence import DenoiserMeter, Meter
-from cytodiffusion.classify.race import PaperRace, paper_draws
+from cytodiffusion.classify.race import BettingRace, PaperRace, paper_draws
 from cytodiffusion.classify.sequential import Agreement, Depth, Sequence
 from cytodiffusion.data.images import Preprocess, decode, to_tensor
 from cytodiffusion.data.taxonomy import Taxonomy
@@ -149,10 +149,17 @@ def _budget_to_json(budget: Budget) -> dict[str, Any]:
         return {"threshold": budget.reader.threshold, "agreement": said, "held": held}
     race = budget.policy
     assert isinstance(budget.reader, RaceReader)
-    assert isinstance(race, PaperRace)
-    rules = {"most": len(race.draws), "least": race.least, "every": race.every, "alpha": race.alpha}
-    seed, temperature = race.draws.seed, budget.reader.temperature
-    return {"race": rules | {"seed": seed, "temperature": temperature}, "held": held}
+    assert isinstance(race, PaperRace | BettingRace)
+    temperature = budget.reader.temperature
+    common = {"alpha": race.alpha, "seed": race.draws.seed, "temperature": temperature}
+    if isinstance(race, BettingRace):
+        trials = [[t.sigma, t.draw, t.sign, t.pose] for t in race.draws.trials]
+        return {
+            "bets": common | {"trials": trials, "weights": _numbers(race.weights)},
+            "held": held,
+        }
+    rules = {"most": len(race.draws), "least": race.least, "every": race.every}
+    return {"race": common | rules, "held": held}
 
 
 def calibration_from_json(data: dict[str, Any]) -> dict[str, Budget]:
@@ -178,8 +185,13 @@ def _budget_from_json(values: dict[str, Any], draws: Draws, depths: tuple[Depth,
     if "race" in values:
         rules = values["race"]
         draws = paper_draws(rules["most"], rules["seed"])
-        race = PaperRace(draws, rules["least"], rules["every"], rules["alpha"])
-        return Budget(draws, RaceReader(draws.sigmas, rules["temperature"]), held, race)
+        paper = PaperRace(draws, rules["least"], rules["every"], rules["alpha"])
+        return Budget(draws, RaceReader(paper.weights, rules["temperature"]), held, paper)
+    if "bets" in values:
+        rules = values["bets"]
+        draws = Draws(tuple(Trial(*trial) for trial in rules["trials"]), rules["seed"])
+        bets = BettingRace(draws, np.array(rules["weights"]), rules["alpha"])
+        return Budget(draws, RaceReader(bets.weights, rules["temperature"]), held, bets)
     sequence, said = Sequence(depths, values["threshold"]), values["agreement"]
     return Budget(draws, sequence, held, sequence, Agreement(**said) if said else None)
 

@@ -19,12 +19,19 @@ from torch import Tensor
 
 from cytodiffusion import __version__
 from cytodiffusion.classify.calibrate import nll, out_of_fold
-from cytodiffusion.classify.classifier import Budget
+from cytodiffusion.classify.classifier import Budget, RaceReader
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter, Meter
-from cytodiffusion.classify.fit import Plan, candidates, fit_budgets, fit_race, race_part
+from cytodiffusion.classify.fit import (
+    Plan,
+    betting_race,
+    candidates,
+    fit_budgets,
+    fit_race,
+    race_part,
+)
 from cytodiffusion.classify.measure import Measurement
-from cytodiffusion.classify.race import PaperRace, paper_draws
+from cytodiffusion.classify.race import BettingRace, PaperRace, paper_draws
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import load_images
 from cytodiffusion.data.sample import Sample
@@ -157,12 +164,17 @@ def calibrate(
     budgets = fit_budgets(errors, truth, plan)
 
     rows = race_part(truth, plan.race_cells, plan.seed)
-    race = PaperRace(paper_draws(plan.race_most, plan.seed))
-    short = Measurement(
-        race.draws.first(plan.race_trials), columns, POSES, race, together, anyone=together
-    )
-    errors = yield from measured(short, meter, pixels, rows, workers, before=len(truth))
-    budgets["paper"] = fit_race(errors, truth[rows], race)
+    races: dict[str, BettingRace | PaperRace] = {
+        "race": betting_race(budgets["full"], plan),
+        "paper": PaperRace(paper_draws(plan.paper_most, plan.seed)),
+    }
+    done = len(truth)
+    for name, race in races.items():
+        draws = race.draws.first(plan.race_trials)
+        short = Measurement(draws, columns, POSES, race, together, anyone=together)
+        errors = yield from measured(short, meter, pixels, rows, workers, before=done)
+        budgets[name] = fit_race(errors, truth[rows], race)
+        done += len(rows)
     judged = {name: scores(b.held.probabilities, b.held.truth) for name, b in budgets.items()}
     return Calibrated(budgets, judged)
 
@@ -207,7 +219,7 @@ def make_card(
 
 def _trials(budget: Budget) -> str:
     """How many trials a cell runs, for the card."""
-    if isinstance(budget.policy, PaperRace):
+    if isinstance(budget.reader, RaceReader):
         return "race"
     said = budget.agreement
     if said is None:

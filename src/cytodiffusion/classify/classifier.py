@@ -4,8 +4,8 @@
 
 A budget says how many trials a cell gets. `fast`, `balanced` and `full` run one list of trials and
 stop when more of them would not change the answer (sequential.py): `full` never does so early.
-`paper` is the paper's race, read with its relative errors and one temperature. Reading needs no
-network: a saved table gives the same answer.
+`paper` is the paper's race and `race` one with a bound, both read with the paper's relative errors
+and one temperature. Reading needs no network: a saved table gives the same answer.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class RaceReader:
-    """Reads the paper's race: relative errors E_c with one temperature, strangeness by zeta."""
+    """Reads a race: the paper's relative errors E_c with one temperature, strangeness by zeta."""
 
-    sigmas: np.ndarray
+    weights: np.ndarray  # of the trials
     temperature: float
 
     def probabilities(self, errors: np.ndarray) -> Float[np.ndarray, "n k"]:
         """softmax(-E_c / temperature); a class that left the race ranks behind those that did not."""
-        scores = last_standing(errors[:, :, :-1], self.sigmas[: errors.shape[1]])
+        scores = last_standing(errors[:, :, :-1], self.weights[: errors.shape[1]])
         return softmax(-scores / self.temperature, axis=1)
 
     def anomaly(self, errors: np.ndarray, probabilities: np.ndarray) -> Float[np.ndarray, " n"]:
         """1 / (1 + exp(zeta)): the paper's score, turned so that higher is stranger."""
-        return 1 / (1 + np.exp(zeta(errors[:, :, :-1], self.sigmas[: errors.shape[1]])))
+        return 1 / (1 + np.exp(zeta(errors[:, :, :-1], self.weights[: errors.shape[1]])))
 
 
 @dataclass(frozen=True)

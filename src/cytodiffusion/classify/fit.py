@@ -2,8 +2,8 @@
 
 Candidate trials, spread over noise levels, are measured once on the held-out cells. A greedy search
 orders them by how much each adds. Every depth n of that order gets weights, a gate and an anomaly
-model of its own; a budget is how much disagreement with the answer of all trials it allows. The
-paper's race needs one temperature, fitted on a part of the cells because it is slow.
+model of its own; a budget is how much disagreement with the answer of all trials it allows. A race
+needs one temperature, fitted on a part of the cells because it is slow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cytodiffusion.classify.calibrate import (
 )
 from cytodiffusion.classify.classifier import Budget, RaceReader
 from cytodiffusion.classify.draws import Draws, stratified
-from cytodiffusion.classify.race import PaperRace
+from cytodiffusion.classify.race import BettingRace, PaperRace, random_draws
 from cytodiffusion.classify.sequential import (
     Depth,
     Sequence,
@@ -36,6 +36,7 @@ from cytodiffusion.classify.sequential import (
     learn_threshold,
 )
 
+CLIP = 3.0  # spreads between classes at which a bet is clipped
 # Share of cells whose answer may differ from that of all trials; None: every cell runs them all.
 ALLOWED: dict[str, float | None] = {"fast": 0.02, "balanced": 0.005, "full": None}
 
@@ -49,9 +50,9 @@ class Plan:
     high: float = 6.0  # highest
     trials: int = 12  # of a cell, at most
     search: int = 6  # of them placed by greedy search; the rest follow in an even spread
-    race_cells: int = 160  # held-out cells for the paper's race
-    race_trials: int = 200  # most trials of the race while it is fitted
-    race_most: int = 2000  # most trials of the race in use
+    race_cells: int = 160  # held-out cells for the races
+    race_trials: int = 200  # most trials of a race while it is fitted, and of the betting race
+    paper_most: int = 2000  # most trials of the paper's race in use
     seed: int = 0
 
 
@@ -127,13 +128,26 @@ def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np
     )
 
 
+def betting_race(sequence: Budget, plan: Plan) -> BettingRace:
+    """A race over the noise levels of a fitted sequence, weighted by how far classes lie apart there.
+
+    The spread between classes is interpolated, in logarithms, between the levels of the sequence.
+    """
+    assert isinstance(sequence.reader, Sequence)
+    sigmas, spread = sequence.draws.sigmas, sequence.reader.depths[-1].posterior.scale
+    order = np.argsort(sigmas)
+    draws = random_draws(plan.race_trials, float(sigmas.min()), float(sigmas.max()), plan.seed)
+    at = np.interp(np.log(draws.sigmas), np.log(sigmas[order]), np.log(spread[order]))
+    return BettingRace(draws, np.exp(-at) / CLIP)
+
+
 def fit_race(
-    errors: Float[np.ndarray, "m t k1"], truth: Int[np.ndarray, " m"], race: PaperRace
+    errors: Float[np.ndarray, "m t k1"], truth: Int[np.ndarray, " m"], race: PaperRace | BettingRace
 ) -> Budget:
-    """The budget `paper` from races that were run. Cells are judged by fits without them."""
+    """The budget of a race from races that were run. Cells are judged by fits without them."""
 
     def reader(log_temperature: float) -> RaceReader:
-        return RaceReader(race.draws.sigmas, float(np.exp(log_temperature)))
+        return RaceReader(race.weights, float(np.exp(log_temperature)))
 
     def fitted(part: np.ndarray) -> RaceReader:
         def missed(log_temperature: float) -> float:

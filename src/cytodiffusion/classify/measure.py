@@ -65,7 +65,6 @@ class Waiting(Generic[T]):
             return next(self._left, None)
 
 
-
 @dataclass(frozen=True)
 class Measurement:
     """How cells are measured. `columns` labels: the classes, then "any cell".

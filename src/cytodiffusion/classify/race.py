@@ -1,16 +1,27 @@
-"""Which classes are still in: the paper's race.
+"""Which classes are still in: two races.
 
-In trial i the error of class c is weighted by its noise level and freed of what the living classes
-share:
+**The paper's.** In trial i the error of class c is weighted by its noise level and freed of what the
+living classes share:
 
     l = ||eps - eps_c||^2      e = l / p(tau)      r = e - min over living classes of e
 
 with tau = (1000 - t)/1000 and p a quartic fitted to the spread of l across classes. After the least
 number of trials, every few trials, each class is compared with the leader by a two-sided paired
-t-test over trials and leaves if p < alpha. The race ends with one class, or at the most trials.
+t-test over trials and leaves if p < alpha. The race ends with one class, or at the most trials. The
+tests are repeated and uncorrected: how often they drop the best class is not bounded.
+
+**The betting race.** A gambler bets against every class k: that it does worse than the class j_i
+that leads by the trials before i,
+
+    d_i = e_k - e_j, clipped to [-1, 1],      W_k = product over i of (1 + l_i d_i),     0 <= l_i <= 1/2
+
+with l_i from the trials before i. If k has the lowest mean error, no bet has a gain in the mean and
+W_k is a supermartingale: the chance that it ever reaches 1/alpha is at most alpha (Ville). So classes
+may be checked after every trial, and the best one is dropped with a chance of at most alpha.
 
 Source: Deltadahl et al. 2025, Deep Generative Classification of Blood Cell Morphology,
-arXiv 2408.08982.
+arXiv 2408.08982; Waudby-Smith and Ramdas 2020, Estimating means of bounded random variables by
+betting, arXiv 2010.09686 (aGRAPA).
 """
 
 from __future__ import annotations
@@ -38,6 +49,11 @@ class PaperRace:
     every: int = 5
     alpha: float = 2e-3
 
+    @property
+    def weights(self) -> Float[np.ndarray, " t"]:
+        """What an error counts in each trial."""
+        return paper_weight(self.draws.sigmas)
+
     def __call__(self, errors: Float[np.ndarray, "n t k1"]) -> Bool[np.ndarray, "n k"]:
         """Which classes stay in, given the errors of the trials so far (NaN: has left).
 
@@ -47,7 +63,7 @@ class PaperRace:
         alive = ~np.isnan(errors[:, -1])
         if trials <= self.least or (trials - self.least - 1) % self.every:
             return alive
-        weighted = errors * paper_weight(self.draws.sigmas[:trials])[None, :, None]
+        weighted = errors * self.weights[:trials, None]
         return alive & keep(weighted, alive, self.alpha)
 
 
@@ -83,9 +99,50 @@ def paper_weight(sigmas: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
     return 1 / (quartic * np.asarray(sigmas, dtype=np.float64) ** 2)
 
 
-def standing(errors: Float[np.ndarray, "n t k"], sigmas: np.ndarray) -> Float[np.ndarray, "n k"]:
+@dataclass(frozen=True)
+class BettingRace:
+    """A race that may be looked at after every trial, as a policy of `measure.Measurement`."""
+
+    draws: Draws
+    weights: Float[np.ndarray, " t"]  # such that gaps between classes are mostly within [-1, 1]
+    alpha: float = 0.05  # largest chance of dropping the class of the lowest mean error
+
+    def __call__(self, errors: Float[np.ndarray, "n t k1"]) -> Bool[np.ndarray, "n k"]:
+        """Which classes stay in. The last column, "any cell", takes no part."""
+        trials, errors = errors.shape[1], errors[:, :, :-1]
+        alive = ~np.isnan(errors[:, -1])
+        return alive & (wealth(errors * self.weights[:trials, None]) < 1 / self.alpha)
+
+
+def wealth(weighted: Float[np.ndarray, "n t k"], cap: float = 0.5) -> Float[np.ndarray, "n k"]:
+    """W_k after all these trials, from weighted errors; NaN where a class has left."""
+    n, trials, _ = weighted.shape
+    total = np.zeros_like(weighted[:, 0], dtype=np.float64)
+    sums, squares, wealths = (np.zeros_like(total) for _ in range(3))
+    for i in range(trials):
+        now = weighted[:, i]
+        leader = np.where(np.isnan(now), np.inf, total).argmin(1)
+        gaps = (now - now[np.arange(n), leader][:, None]).clip(-1, 1) if i else 0 * now
+        mean, count = sums / (i + 1), i + 1
+        spread = (0.25 + squares - 2 * mean * sums + i * mean**2) / count
+        bet = (mean / (spread + mean**2)).clip(0, cap)
+        wealths += np.log1p(bet * gaps)
+        sums, squares, total = sums + gaps, squares + gaps**2, total + now
+    return np.exp(wealths)
+
+
+def random_draws(trials: int, low: float, high: float, seed: int = 0) -> Draws:
+    """Independent trials: ln sigma uniform between low and high, fresh noise for every image."""
+    rng = np.random.default_rng(seed)
+    sigmas = np.exp(rng.uniform(np.log(low), np.log(high), trials)).tolist()
+    poses = rng.integers(POSES, size=trials).tolist()
+    every = [Trial(sigmas[i], i, 1, poses[i]) for i in range(trials)]
+    return Draws(tuple(every), seed)
+
+
+def standing(errors: Float[np.ndarray, "n t k"], weights: np.ndarray) -> Float[np.ndarray, "n k"]:
     """E_c of the paper: mean over the trials a class ran, relative to the mean class (low is best)."""
-    weighted = errors * paper_weight(sigmas)[None, :, None]
+    weighted = errors * weights[:, None]
     relative = weighted - np.nanmin(
         np.where(np.isnan(weighted), np.inf, weighted), 2, keepdims=True
     )
@@ -95,23 +152,23 @@ def standing(errors: Float[np.ndarray, "n t k"], sigmas: np.ndarray) -> Float[np
 
 
 def last_standing(
-    errors: Float[np.ndarray, "n t k"], sigmas: np.ndarray
+    errors: Float[np.ndarray, "n t k"], weights: np.ndarray
 ) -> Float[np.ndarray, "n k"]:
     """`standing`, with every class that left the race behind every class that did not."""
-    scores = standing(errors, sigmas)
+    scores = standing(errors, weights)
     ran = (~np.isnan(errors)).sum(1)
     left = ran < ran.max(1, keepdims=True)
     return np.where(left, scores + scores.max(1, keepdims=True) + 1, scores)
 
 
 def zeta(
-    errors: Float[np.ndarray, "n t k"], sigmas: np.ndarray, nearest: int = 10
+    errors: Float[np.ndarray, "n t k"], weights: np.ndarray, nearest: int = 10
 ) -> Float[np.ndarray, " n"]:
     """The paper's score of normality; high is normal. With E ascending and k = min(K - 1, 10):
 
     (1/k) sum_{j=1..k-1} (e_j - e_0)  -  1/(k(k-1)) sum_{j,l=1..k-1} |e_j - e_l|
     """
-    ordered = np.sort(standing(errors, sigmas), axis=1)
+    ordered = np.sort(standing(errors, weights), axis=1)
     k = min(errors.shape[2] - 1, nearest)
     if k < 2:
         return ordered[:, -1] - ordered[:, 0]

@@ -197,7 +197,7 @@ def write_bundle(
     torch.set_num_threads(1)  # one for each worker
     calibrated = console.follow(
         calibrate(DenoiserMeter(denoiser), held, len(classes), together, plan, workers=cores()),
-        "calibrating", len(held.labels) + len(race_part(held.labels, plan.race_cells)), "cells",
+        "calibrating", len(held.labels) + 2 * len(race_part(held.labels, plan.race_cells)), "cells",
     )  # fmt: skip
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
