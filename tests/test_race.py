@@ -9,12 +9,15 @@ from cytodiffusion.classify.draws import Draws, Trial
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import (
+    BettingRace,
     PaperRace,
     keep,
     last_standing,
     paper_draws,
     paper_weight,
+    random_draws,
     standing,
+    wealth,
     zeta,
 )
 from cytodiffusion.data.transforms import POSES
@@ -100,6 +103,77 @@ def test_a_class_that_has_left_stays_out():
     errors = far_apart(22)
     errors[0, 21, 0] = np.nan
     assert PaperRace(paper_draws(100))(errors).tolist() == [[False, True, True]]
+
+
+# --- the betting race ----------------------------------------------------------------------------
+
+
+def wealth_by_hand(weighted: np.ndarray) -> list[float]:
+    """The gambler's fortunes of one image, in plain loops."""
+    trials, classes = weighted.shape
+    fortunes = [1.0] * classes
+    gaps: list[list[float]] = [[] for _ in range(classes)]
+    for i in range(trials):
+        leader = int(np.argmin(weighted[:i].sum(0))) if i else None
+        for k in range(classes):
+            past = np.array(gaps[k])
+            gap = (
+                0.0
+                if leader is None
+                else float(np.clip(weighted[i, k] - weighted[i, leader], -1, 1))
+            )
+            mean = past.sum() / (i + 1)
+            spread = (0.25 + ((past - mean) ** 2).sum()) / (i + 1)
+            fortunes[k] *= 1 + min(max(mean / (spread + mean**2), 0.0), 0.5) * gap
+            gaps[k].append(gap)
+    return fortunes
+
+
+def test_wealth_is_what_the_gambler_has():
+    weighted = RNG.normal(0, 0.4, (6, 25, 4)) + np.array([0, 0.1, 0.3, 0.6])
+    want = [wealth_by_hand(one) for one in weighted]
+    np.testing.assert_allclose(wealth(weighted), want, rtol=1e-9)
+
+
+def test_the_best_class_is_dropped_no_more_often_than_stated():
+    """Two best classes tie, the hardest case; looked at after each of 150 trials."""
+    n, alpha = 2000, 0.1
+    errors = RNG.normal(0, 0.3, (n, 150, 4)) + np.array([0, 0, 0.05, 0.1])
+    gone = np.zeros(n, dtype=bool)
+    for trials in range(1, 151, 3):
+        gone |= wealth(errors[:, :trials])[:, 0] >= 1 / alpha
+    assert stats.binom.sf(gone.sum() - 1, n, alpha) > 0.01
+    assert gone.any()
+
+
+def test_worse_classes_leave_and_the_best_is_left():
+    draws = random_draws(200, 0.1, 3.0)
+    race = BettingRace(draws, np.ones(200), alpha=0.05)
+    errors = RNG.normal(0, 0.2, (50, 200, 4)) + np.array([0.3, 0, 0.4, -1.0])  # "any cell" is best
+    assert race(errors[:, :1]).all()
+    alive = race(errors)
+    assert alive[:, 1].mean() > 0.9
+    assert not alive[:, [0, 2]].any()
+
+
+def test_the_race_stops_when_one_class_is_left():
+    means = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    world, truth = GaussianWorld(means, 0.2), torch.arange(3).repeat(4)
+    images = world.sample(truth, torch.Generator().manual_seed(2))
+    draws = random_draws(80, 0.2, 1.0)
+    race = BettingRace(draws, np.full(80, 2.0))
+    measurement = Measurement(draws, 4, (POSES[0],) * 8, race)
+    errors = measurement.measure(DenoiserMeter(world), images, [str(i) for i in range(12)])
+    ran = (~np.isnan(errors[:, :, 0])).sum(1)
+    assert (last_standing(errors[:, :, :-1], race.weights).argmin(1) == truth.numpy()).all()
+    assert ran.max() < 40
+
+
+def test_random_draws_are_independent_levels():
+    draws = random_draws(4000, 0.1, 10.0, seed=3)
+    share = (np.log(draws.sigmas) - np.log(0.1)) / np.log(100)
+    assert stats.kstest(share, "uniform").pvalue > 0.01
+    assert len({trial.draw for trial in draws.trials}) == 4000
 
 
 # --- scores --------------------------------------------------------------------------------------

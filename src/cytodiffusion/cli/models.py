@@ -1,14 +1,20 @@
-"""`models list | show | verify`: the shipped models and any other bundle."""
+"""`models list | show | verify | export`: the shipped models and any other bundle."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cytodiffusion.cli.console import Console, Device, Json, Seed, pick_device
+from cytodiffusion.cli.console import Console, Device, Json, Out, Seed, pick_device
 
-app = typer.Typer(help="List, show and verify models.", no_args_is_help=True, rich_markup_mode=None)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = typer.Typer(
+    help="List, show, verify and export models.", no_args_is_help=True, rich_markup_mode=None
+)
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="A bundle folder or a shipped model.")]
 
 
@@ -46,13 +52,74 @@ def show(model: Name = "pbc8", json: Json = False, seed: Seed = 0, device: Devic
 
 @app.command()
 def verify(
-    model: Name = "pbc8", json: Json = False, seed: Seed = 0, device: Device = "auto"
+    model: Name = "pbc8",
+    engine: Annotated[
+        str, typer.Option("--engine", help="Engine to check, instead of the one that is used.")
+    ] = "auto",
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
-    """Check every file of a model, and that it gives its test vectors on this machine."""
-    from cytodiffusion.bundle import TOLERANCE
-    from cytodiffusion.bundle import verify as verify_bundle
+    """Check every file of a model, and that it gives its test vectors on this machine.
 
-    worst = verify_bundle(model, pick_device(device))
-    text = f"{model}: every file is as released; test vectors agree to {worst:.1e} of their value."
-    values = {"model": model, "largest_difference": worst, "tolerance": TOLERANCE}
+    The engine that runs the network must then give what torch gives, within its own tolerance.
+    """
+    from cytodiffusion.bundle import TOLERANCE, load
+    from cytodiffusion.bundle import verify as verify_bundle
+    from cytodiffusion.engines.engine import (
+        TOLERANCES,
+        best_engine,
+        check_difference,
+        difference,
+        make_engine,
+    )
+
+    device = pick_device(device)
+    worst = verify_bundle(model, device)
+    loaded = load(model, device)
+    name = engine if engine != "auto" else best_engine() if device == "cpu" else "torch"
+    images = _vector_images(loaded.folder)
+    meter = make_engine(name, loaded.denoiser, images=images)
+    found = check_difference(name, difference(meter, loaded.denoiser, images))
+    text = (
+        f"{model}: every file is as released; test vectors agree to {worst:.1e} of their value.\n"
+    )
+    text += f"Engine {name}: agrees with torch to {found:.1e} ({TOLERANCES[name]:.0e} allowed)."
+    values = {"model": model, "largest_difference": worst, "tolerance": TOLERANCE, "engine": name}
+    values |= {"engine_difference": found, "engine_tolerance": TOLERANCES[name]}
     Console(json).result(values, text)
+
+
+@app.command()
+def export(
+    out: Out, model: Name = "pbc8", json: Json = False, seed: Seed = 0, device: Device = "auto"
+) -> None:
+    """Write a model as an ONNX graph, for programs without torch.
+
+    OUT/model.onnx takes images, noise and noise levels and gives the error of every class;
+    OUT/test_vectors.npz has inputs and what they must give; OUT/README.md says what each means.
+    """
+    from cytodiffusion.bundle import load
+    from cytodiffusion.engines.engine import TOLERANCES
+    from cytodiffusion.engines.export import About
+    from cytodiffusion.engines.export import export as export_graph
+
+    loaded = load(model)
+    texts = [(loaded.folder / name).read_text() for name in ("LICENSE", "data_license.txt")]
+    license_, data = (text.strip().split("\n")[0].strip().rstrip(".") for text in texts)
+    about = About(loaded.name, loaded.classes.names, loaded.preprocess.crop, license_, data)
+    worst = export_graph(out, loaded.denoiser, _vector_images(loaded.folder), about)
+    tolerance = TOLERANCES["onnxruntime"]
+    values = {"model": loaded.name, "out": str(out), "largest_difference": worst}
+    text = f"{out}: model.onnx agrees with torch to {worst:.1e} ({tolerance:.0e} allowed)."
+    Console(json).result(values | {"tolerance": tolerance}, text)
+
+
+def _vector_images(folder: Path) -> Tensor:
+    """Images of a bundle's test vectors, in [-1, 1]."""
+    import numpy as np
+
+    from cytodiffusion.data.images import to_tensor
+
+    with np.load(folder / "test_vectors.npz", allow_pickle=False) as vectors:
+        return to_tensor(vectors["pixels"])

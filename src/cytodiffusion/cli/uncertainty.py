@@ -21,7 +21,10 @@ def uncertainty(
     out: Out,
     predictions: Annotated[
         list[Path] | None,
-        typer.Argument(help="OUT folders of evaluate, or CSV with confidence,correct[,reader]."),
+        typer.Argument(
+            metavar="PREDICTIONS",
+            help="OUT folders of evaluate, or CSV with confidence,correct[,reader].",
+        ),
     ] = None,
     family: Annotated[
         str, typer.Option(help="weibull, beta, or best: the lower AIC over all curves.")

@@ -141,7 +141,7 @@ def auroc_correct(truth: Truth, probabilities: Probabilities) -> float | None:
 
     Ties count one half. None when every answer is right, or every one wrong.
     """
-    return _or_none(_value(_auroc(truth, probabilities), truth))
+    return _or_none(_value(separation(*_judge(truth, probabilities)), truth))
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,24 @@ def reliability(
     truth: Truth, probabilities: Probabilities, *, bins: int = BINS
 ) -> list[ReliabilityBin]:
     """What `ece` averages, equally wide bins; those without cells are left out."""
-    right, confidence = _judge(truth, probabilities)
-    which = _bin(confidence, bins)
+    return observed(*_judge(truth, probabilities), bins=bins)
+
+
+def observed(
+    right: Bool[np.ndarray, " n"],
+    confidence: Float[np.ndarray, " n"],
+    *,
+    bins: int = BINS,
+    equal_mass: bool = False,
+) -> list[ReliabilityBin]:
+    """The same of answers that were judged before, in bins as `ece` has them."""
+    edges = bin_edges(confidence, bins, equal_mass)
+    which = np.searchsorted(edges, confidence)
+    ends = [0.0, *edges.tolist(), 1.0]
     return [
         ReliabilityBin(
-            low=b / bins,
-            high=(b + 1) / bins,
+            low=ends[b],
+            high=ends[b + 1],
             n=int((which == b).sum()),
             confidence=float(confidence[which == b].mean()),
             accuracy=float(right[which == b].mean()),
@@ -255,7 +267,7 @@ def _measures(truth: Truth, probabilities: Probabilities, sets: Sets | None) -> 
         "ece": _ece(truth, probabilities, BINS, False),
         "nll": _mean(_surprise(truth, probabilities)),
         "brier": _mean(_squares(truth, probabilities)),
-        "auroc_correct": _auroc(truth, probabilities),
+        "auroc_correct": separation(*_judge(truth, probabilities)),
     }
     return measures if sets is None else measures | {"mean_set_size": _mean(sets.sum(axis=1))}
 
@@ -297,9 +309,8 @@ def _ece(truth: Truth, probabilities: Probabilities, bins: int, equal_mass: bool
     return lambda sample: np.abs(gaps(sample)).sum(axis=1) / sample.shape[1]
 
 
-def _auroc(truth: Truth, probabilities: Probabilities) -> Measure:
-    """NaN in a draw without a wrong answer, or without a right one."""
-    right, confidence = _judge(truth, probabilities)
+def separation(right: Bool[np.ndarray, " n"], confidence: Float[np.ndarray, " n"]) -> Measure:
+    """`auroc_correct`; NaN in a draw without a wrong answer, or without a right one."""
     levels, level = np.unique(confidence, return_inverse=True)
     rights, wrongs = (_count(level, len(levels), 1.0 * these) for these in (right, ~right))
 
@@ -338,9 +349,14 @@ def _judge(
     return probabilities.argmax(axis=1) == truth, probabilities.max(axis=1)
 
 
-def _bin(confidence: np.ndarray, bins: int, equal_mass: bool = False) -> np.ndarray:
+def bin_edges(confidence: np.ndarray, bins: int, equal_mass: bool = False) -> np.ndarray:
+    """(bins - 1,): where one bin ends and the next begins; `confidence` decides equal masses."""
     edges = np.linspace(0, 1, bins + 1)[1:-1]
-    return np.searchsorted(np.quantile(confidence, edges) if equal_mass else edges, confidence)
+    return np.quantile(confidence, edges) if equal_mass else edges
+
+
+def _bin(confidence: np.ndarray, bins: int, equal_mass: bool = False) -> np.ndarray:
+    return np.searchsorted(bin_edges(confidence, bins, equal_mass), confidence)
 
 
 def _surprise(truth: Truth, probabilities: Probabilities) -> Float[np.ndarray, " n"]:

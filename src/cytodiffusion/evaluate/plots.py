@@ -1,7 +1,8 @@
-"""Two pictures of a set of answers, as SVG text to put into a page.
+"""Pictures of a set of answers, as SVG text to put into a page.
 
 The reliability diagram asks whether "90 % sure" is right nine times in ten; the risk-coverage
-curve, how many mistakes are left when only the most certain cells are answered.
+curve, how many mistakes are left when only the most certain cells are answered; the psychometric
+curves, how accuracy grows with the confidence of a model and of people.
 
 The colours are names (`currentColor`, `var(--accent)`) that the page gives a value, so that one
 picture serves light, dark and paper. The text is text. The same numbers give the same bytes.
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from cytodiffusion.evaluate.answers import Judged
 from cytodiffusion.evaluate.metrics import (
     Probabilities,
     ReliabilityBin,
@@ -24,10 +27,13 @@ from cytodiffusion.evaluate.metrics import (
     reliability,
     risk_coverage,
 )
+from cytodiffusion.evaluate.psychometric import GRID, Analysis
 
 # What matplotlib draws with, and what the page is told instead.
-INK, FAINT, ACCENT = "#010203", "#040506", "#070809"
-NAMES = {INK: "currentColor", FAINT: "var(--line)", ACCENT: "var(--accent)"}
+INK, FAINT, ACCENT, WARM, GOLD = "#010203", "#040506", "#070809", "#0a0b0c", "#0d0e0f"
+NAMES = {INK: "currentColor", FAINT: "var(--line)", ACCENT: "var(--accent)",
+         WARM: "var(--warm)", GOLD: "var(--gold)"}  # fmt: skip
+COLOURS, DASHES, MARKERS = (ACCENT, WARM, GOLD, INK), ("solid", "dashed", "dotted"), "osD^"
 POINTS = 400  # of a curve: more cannot be seen
 
 
@@ -45,13 +51,17 @@ def reliability_diagram(truth: Truth, probabilities: Probabilities) -> str:
 
 
 def _diagonal(axes: Axes, bins: list[ReliabilityBin]) -> None:
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.5)
+    _points(axes, bins, ACCENT, "o")
+    axes.set(ylabel="share right", ylim=(-0.02, 1.02))
+
+
+def _points(axes: Axes, bins: list[ReliabilityBin], colour: str, marker: str) -> None:
     confidence, share = [b.confidence for b in bins], [b.accuracy for b in bins]
     low = [max(0.0, b.accuracy - b.accuracy_ci95[0]) for b in bins]
     high = [max(0.0, b.accuracy_ci95[1] - b.accuracy) for b in bins]
-    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.5)
-    axes.errorbar(confidence, share, [low, high], fmt="none", ecolor=ACCENT, alpha=0.5)
-    axes.plot(confidence, share, color=ACCENT, marker="o", markersize=5, linestyle="none")
-    axes.set(ylabel="share right", ylim=(-0.02, 1.02))
+    axes.errorbar(confidence, share, [low, high], fmt="none", ecolor=colour, alpha=0.5)
+    axes.plot(confidence, share, color=colour, marker=marker, markersize=5, linestyle="none")
 
 
 def risk_coverage_curve(truth: Truth, probabilities: Probabilities) -> str:
@@ -65,6 +75,49 @@ def risk_coverage_curve(truth: Truth, probabilities: Probabilities) -> str:
     axes.set(xlabel="share of cells answered", ylabel="wrong among them, %", xlim=(0, 1.02))
     axes.set_ylim(0, max(1.0, 110 * float(wrong.max())))
     return _svg(figure, "risk")
+
+
+def psychometric_curves(
+    shown: Sequence[tuple[Judged, Analysis | None]], *, first: int = 0, name: str = "psychometric"
+) -> str:
+    """Curves with their 95 % bands, over the share right in bins with exact 95 % intervals.
+
+    Answers to which no curve was fitted are shown as bins alone. Line i looks as `key(first + i)`
+    says. Pictures on one page need different `name`s.
+    """
+    figure = Figure(figsize=(4.4, 3.9))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle=(0, (4, 4)), alpha=0.5)
+    for i, (judged, analysis) in enumerate(shown, start=first):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        _points(axes, judged.bins(), colour, marker)
+        if analysis is not None:
+            axes.fill_between(GRID, *analysis.band, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(GRID, analysis.fit.curve(GRID), color=colour, linewidth=2, linestyle=_dash(i))
+    axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+    return _svg(figure, name)
+
+
+def cost_curves(curves: Sequence[tuple[list[float], list[float]]]) -> str:
+    """Balanced accuracy against network passes a cell, (passes, accuracy) of each procedure."""
+    figure = Figure(figsize=(6.4, 4.2))
+    axes = figure.subplots()
+    for i, (passes, accuracy) in enumerate(curves):
+        axes.plot(
+            passes, accuracy, color=COLOURS[i % len(COLOURS)], linewidth=2, linestyle=_dash(i)
+        )
+        axes.plot(passes[-1:], accuracy[-1:], color=COLOURS[i % len(COLOURS)], marker="o")
+    axes.set(xlabel="network passes a cell", ylabel="balanced accuracy", xscale="log")
+    return _svg(figure, "cost")
+
+
+def key(i: int) -> str:
+    """How line i of `psychometric_curves` looks, as a CSS border; twelve differ."""
+    return f"3px {_dash(i)} {NAMES[COLOURS[i % len(COLOURS)]]}"
+
+
+def _dash(i: int) -> str:
+    return DASHES[i // len(COLOURS) % len(DASHES)]
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from cytodiffusion.errors import OutputError
@@ -89,9 +89,15 @@ def write_report(
     `thumbnails` are PNG files by the `path` of their row; a row without one is shown by name.
     `facts` are printed as they are, `command` as the line to run again.
     """
-    page = render(title, metrics, rows, tuple(classes), thumbnails or {}, facts, notes)
-    # A file name can hold bytes that are no text: they are shown as \udc80 and the like.
-    _replace(Path(path), page.encode("utf-8", errors="backslashreplace"))
+    write_page(path, render(title, metrics, rows, tuple(classes), thumbnails or {}, facts, notes))
+
+
+def write_page(path: Path | str, page: str) -> None:
+    """Write a page, all of it or nothing. Raises OutputError where it cannot be written.
+
+    A file name can hold bytes that are no text: they are shown as \\udc80 and the like.
+    """
+    write_file(Path(path), page.encode("utf-8", errors="backslashreplace"), "the report")
 
 
 def render(
@@ -108,7 +114,8 @@ def render(
     strangers = sorted((c for c in cells if c.flag in FLAGS[:2]), key=_strangest)
     readable = sorted((c for c in cells if c.flag != "unreadable"), key=_strangest)
     mistakes = _mistakes(readable, classes)
-    page = _template().render(
+    return fill(
+        "report.html.j2",
         title=title,
         notes=notes,
         facts=facts,
@@ -129,7 +136,6 @@ def render(
         limit=LISTED,
         labelled=any(c.label for c in cells),
     )
-    return str(page).lstrip()
 
 
 # ------------------------------------------------------------------------------------- the parts
@@ -260,16 +266,26 @@ def _first(cells: Sequence[Cell], limit: int) -> dict[str, Any]:
     return {"cells": cells[:limit], "left_out": max(0, len(cells) - limit)}
 
 
-def _template() -> Any:
-    source = files("cytodiffusion.evaluate").joinpath("report.html.j2").read_text("utf-8")
+def fill(template: str, **values: Any) -> str:
+    """A page made of one of the templates beside this file; all values are escaped."""
     world = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(_source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,  # of what is included
     )
     world.filters |= {"percent": _percent, "plain": _plain, "interval": _interval}
-    return world.from_string(source)
+    return world.get_template(template).render(**values).strip()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _source(name: str) -> str:
+    return files("cytodiffusion.evaluate").joinpath(name).read_text("utf-8")
+
+
+def write_file(path: Path, content: bytes, what: str) -> None:
+    """Write a file whole or not at all. Raises OutputError, which names it and `what` it is."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,6 +295,6 @@ def _replace(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise OutputError(
-            f"Cannot write the report {path}: {error.strerror or error}. "
+            f"Cannot write {what} {path}: {error.strerror or error}. "
             "Give a folder that can be written and has room."
         ) from error

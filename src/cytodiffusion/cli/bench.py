@@ -1,0 +1,15 @@
+"""`bench ...`: the paper's experiments, one verb each."""
+
+from __future__ import annotations
+
+import typer
+
+from cytodiffusion.cli import cost, uncertainty
+
+app = typer.Typer(
+    help="The paper's experiments, against other procedures and against people.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.command("cost")(cost.cost)
+app.command("uncertainty")(uncertainty.uncertainty)

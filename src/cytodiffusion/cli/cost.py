@@ -1,0 +1,205 @@
+"""`bench cost`: what a right answer costs, the paper's procedure beside ours."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Console,
+    Crop,
+    Device,
+    Json,
+    Out,
+    Seed,
+    cores,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from cytodiffusion.bundle import Model
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.evaluate.cost import Measured
+
+
+def cost(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
+    out: Out,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="A bundle or a shipped model; give it again for more."),
+    ] = None,
+    splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split to measure on.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="About this many cells, as many of each class.")
+    ] = None,
+    procedures: Annotated[
+        str,
+        typer.Option(help="Some of: paper, paper as shipped, full, balanced, fast, race."),
+    ] = "paper,full,balanced,fast,race",
+    crop: Crop = None,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Accuracy, network passes and cells a second of each procedure, in one run.
+
+    OUT/results.json and report.html. Run again, what was measured is not measured anew.
+    """
+    from cytodiffusion.bundle import load
+    from cytodiffusion.evaluate.cost import render
+    from cytodiffusion.evaluate.report import write_file, write_page
+
+    console = Console(json)
+    models = [load(name, pick_device(device)) for name in model or ["pbc8"]]
+    names = _procedures(procedures, models)
+    console.note(NOTICE)
+    samples, classes = _samples(source, splits, split, models, limit, seed)
+    rows: list[dict[str, Any]] = []
+    for each in models:
+        rows += _measure(each, names, samples, classes, crop, out, seed, console)
+    words = ["cytodiffusion", "bench", "cost", source, "-o", out]
+    words += [part for name in model or ["pbc8"] for part in ("-m", name)]
+    words += ["--procedures", procedures, "--seed", seed]
+    words += ["--limit", limit] * bool(limit) + ["--splits", splits] * bool(splits)
+    call = shlex.join(map(str, [*words, *(["--split", split] * bool(split))]))
+    facts = {"command": call, "seed": seed, "cores": cores(), **_origin(models)}
+    values = {"procedures": rows, **facts}
+    write_file(out / "results.json", _text(values), "the results")
+    write_page(out / "report.html", render(f"Cost of naming {source.name}", rows, facts))
+    console.result(values, "\n".join([_heading(), *map(_line, rows), f"See {out}."]))
+    if console.unread:
+        raise typer.Exit(1)
+
+
+def _procedures(text: str, models: Sequence[Model]) -> list[str]:
+    """The procedures asked for. Raises SettingsError for one that there is not."""
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.evaluate.cost import PROCEDURES
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PROCEDURES:
+            raise SettingsError(
+                f"There is no procedure '{name}'. There are: {', '.join(PROCEDURES)}."
+            )
+        for model in models:
+            model.classifier.budget(name.split()[0])
+    return names
+
+
+def _samples(
+    source: Path, splits: Path | None, split: str | None, models: Sequence[Model],
+    limit: int | None, seed: int,
+) -> tuple[list[Sample], list[int]]:  # fmt: skip
+    """Labelled images and the columns of their classes. Raises DataError."""
+    import numpy as np
+
+    from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.release import class_index
+
+    first = models[0]
+    for other in models[1:]:
+        if other.classes != first.classes:
+            raise DataError(
+                f"{other.name} and {first.name} do not know the same classes, so they cannot be "
+                "compared on the same cells. Run one at a time."
+            )
+    found = [s for s in read_dataset(source, splits=splits, split=split) if s.label is not None]
+    if not found:
+        raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
+    truth = np.array([class_index(s.label, first.classes.names, first.taxonomy) for s in found])
+    rows = np.sort(race_part(truth, limit, seed)) if limit else np.arange(len(found))
+    return [found[i] for i in rows], truth[rows].tolist()
+
+
+def _measure(
+    model: Model, names: Sequence[str], samples: Sequence[Sample], classes: Sequence[int],
+    crop: float | None, out: Path, seed: int, console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each procedure; compared with the model's own `paper` where that was run."""
+    import torch
+
+    from cytodiffusion.evaluate.cost import compare, procedure, row
+
+    torch.set_num_threads(1)  # one for each worker
+    together, found = model.classifier.together, dict[str, "Measured"]()
+    for name in names:
+        found[name] = _one(model, name, samples, classes, crop, out, console)
+    console.unread += len(samples) - len(found[names[0]].truth)
+    rows = []
+    for name, measured in found.items():
+        budget = procedure(model.classifier, name)[1]
+        told = row(measured, budget, name, together, seed)
+        if name != "paper" and "paper" in found:
+            reference = procedure(model.classifier, "paper")[1]
+            told |= compare(measured, budget, found["paper"], reference, seed)
+        form = "heads" if together else "conditional"
+        rows.append({"model": model.name, "form": form, **told})
+    for each in rows:
+        if "paper" in found:
+            paper = next(r for r in rows if r["name"] == "paper")
+            each["passes_of_paper"] = paper["passes_per_cell"] / each["passes_per_cell"]
+    return rows
+
+
+def _one(
+    model: Model, name: str, samples: Sequence[Sample], classes: Sequence[int],
+    crop: float | None, out: Path, console: Console,
+) -> Measured:  # fmt: skip
+    """What a procedure measures, from OUT where that was measured before."""
+    import hashlib
+
+    import numpy as np
+
+    from cytodiffusion.evaluate.cost import Measured, run
+    from cytodiffusion.predictions import writing_to
+
+    preprocess = model.preprocess.model_copy(update={"crop": crop}) if crop else model.preprocess
+    checksums = (model.folder / "checksums.json").read_bytes()
+    cells = "".join(sample.name for sample in samples).encode()
+    key = hashlib.sha256(checksums + cells + repr(preprocess).encode()).hexdigest()[:12]
+    path = out / "measured" / f"{model.name}-{name.replace(' ', '-')}-{key}.npz"
+    if path.exists():
+        console.note(f"{model.name}, {name}: measured before, see {path}.")
+        return Measured.load(path)
+    work = run(model.classifier, name, samples, np.array(classes), preprocess, cores())
+    measured = console.follow(work, f"{model.name}, {name}", len(samples), "cells")
+    with writing_to(path.parent):
+        measured.save(path)
+    return measured
+
+
+def _origin(models: Sequence[Model]) -> dict[str, Any]:
+    from cytodiffusion.release import commit
+
+    weights = {model.name: model.weights_sha256[:12] for model in models}
+    return {"weights": weights, "commit": commit()}
+
+
+def _text(values: dict[str, Any]) -> bytes:
+    import json
+
+    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _heading() -> str:
+    names = ("balanced acc.", "passes", "cells/s", "paper/this")
+    return f"{'model':<16}{'procedure':<18}{names[0]:>14}{names[1]:>10}{names[2]:>10}{names[3]:>12}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One procedure for a terminal."""
+    ratio = f"{row['passes_of_paper']:>11.1f}x" if "passes_of_paper" in row else ""
+    return (
+        f"{row['model']:<16}{row['name']:<18}{row['balanced_accuracy']:>14.4f}"
+        f"{row['passes_per_cell']:>10.2f}{row['cells_per_second']:>10.1f}{ratio}"
+    )

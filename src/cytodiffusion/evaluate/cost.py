@@ -1,0 +1,230 @@
+"""What does a right answer cost?
+
+Procedures name the same cells with the same network, one after another in one run. Counted are full
+network passes: where a network guesses for all classes at once, a pass that does so counts once;
+where the class is an input, every class is a pass of its own. Cells a second include reading the
+images. The answer after at most n trials shows how accuracy grows with passes.
+
+`paper` is the paper's procedure: its noise levels, weights, race and fresh augmentation. Two things
+differ, since the networks work on pixels: errors are taken over the whole image instead of a disc of
+latents, and 8-bit frames are turned with their outermost pixels repeated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from markupsafe import Markup
+from torch import Tensor
+
+from cytodiffusion.classify.classifier import Budget, Classifier
+from cytodiffusion.classify.draws import Draws
+from cytodiffusion.classify.measure import Measurement, Policy
+from cytodiffusion.classify.race import BettingRace, PaperRace
+from cytodiffusion.data.images import Preprocess, to_tensor
+from cytodiffusion.data.load import load_one
+from cytodiffusion.data.sample import Sample
+from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, percentiles
+from cytodiffusion.evaluate.metrics import balanced_accuracy
+from cytodiffusion.evaluate.report import fill
+from cytodiffusion.evaluate.views import PaperView
+
+PROCEDURES = ("paper", "paper as shipped", "full", "balanced", "fast", "race")
+SHARE = 0.95  # of the final accuracy, to which time is measured
+POINTS = 60  # of a curve
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one procedure measured on the cells, and how long it took."""
+
+    errors: Float[np.ndarray, "n t k1"]
+    truth: Int[np.ndarray, " n"]
+    digests: tuple[str, ...]
+    seconds: float
+
+    def save(self, path: Path) -> None:
+        """Write one NPZ file, whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.savez_compressed(
+                file, errors=self.errors, truth=self.truth, digests=np.array(self.digests),
+                seconds=np.array(self.seconds),
+            )  # fmt: skip
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Measured:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            digests = tuple(file["digests"].tolist())
+            return cls(file["errors"], file["truth"], digests, float(file["seconds"]))
+
+
+def procedure(classifier: Classifier, name: str) -> tuple[Measurement, Budget]:
+    """How a procedure measures, and the budget that reads it."""
+    budget = classifier.budget(name.split()[0])
+    measurement = classifier.measurement(name.split()[0])
+    race = budget.policy
+    if not isinstance(race, PaperRace):
+        return measurement, budget
+    trials = tuple(replace(trial, pose=i) for i, trial in enumerate(race.draws.trials))
+    draws = Draws(trials, race.draws.seed)
+    shipped = name == "paper as shipped"
+    views = tuple(PaperView(draws.seed, i, shipped) for i in range(len(trials)))
+    return replace(measurement, draws=draws, poses=views), budget
+
+
+def run(
+    classifier: Classifier, name: str, samples: Sequence[Sample], truth: Int[np.ndarray, " n"],
+    preprocess: Preprocess, workers: int,
+) -> Generator[int, None, Measured]:  # fmt: skip
+    """Yield how many cells are done; returns what was measured. Unreadable images are left out."""
+    measurement, _ = procedure(classifier, name)
+    digests: dict[int, str] = {}
+
+    def prepare(numbered: tuple[int, Sample]) -> tuple[Tensor, str] | None:
+        place, sample = numbered
+        item = load_one(sample, preprocess)
+        if item.pixels is None:
+            return None
+        digests[place] = item.sha256
+        return to_tensor(item.pixels).to(classifier.device), item.sha256
+
+    found: dict[int, np.ndarray] = {}
+    began = time.perf_counter()
+    for place, errors in measurement.stream(classifier.meter, enumerate(samples), prepare, workers):
+        found[place] = errors
+        yield len(found)
+    seconds = time.perf_counter() - began
+    order = sorted(found)
+    stacked = np.stack([found[place] for place in order])
+    used = max(1, int((~np.isnan(stacked)).any((0, 2)).sum()))
+    names = tuple(digests[place] for place in order)
+    return Measured(stacked[:, :used], truth[order], names, seconds)
+
+
+def passes(errors: Float[np.ndarray, "n t k1"], together: bool) -> Int[np.ndarray, "n t"]:
+    """Network passes that each cell had spent after each trial."""
+    ran = ~np.isnan(errors)
+    return np.cumsum(ran.any(2) if together else ran.sum(2), axis=1)
+
+
+def row(
+    measured: Measured, budget: Budget, name: str, together: bool, seed: int = 0
+) -> dict[str, Any]:
+    """Accuracy, cost, and how the one grows with the other."""
+    errors, truth = measured.errors, measured.truth
+    spent, n = passes(errors, together), len(truth)
+    answers = budget.reader.probabilities(errors)
+    right = answers.argmax(1) == truth
+    cells_per_second = n / measured.seconds
+    curve = _curve(measured, budget, spent)
+    reached = next(p for p in curve if p["accuracy"] >= SHARE * right.mean())
+    return {
+        "name": name,
+        "cells": n,
+        "balanced_accuracy": balanced_accuracy(truth, answers),
+        "balanced_accuracy_ci95": _interval(truth, {"all": right}, seed),
+        "accuracy": float(right.mean()),
+        "accuracy_ci95": list(binomial_interval(int(right.sum()), n)),
+        "passes_per_cell": float(spent[:, -1].mean()),
+        "cells_per_second": cells_per_second,
+        "passes_to_95": reached["passes"],
+        "seconds_to_95": reached["passes"] / (spent[:, -1].mean() * cells_per_second),
+        **_race(measured, budget),
+        "curve": curve,
+    }
+
+
+def _curve(
+    measured: Measured, budget: Budget, spent: Int[np.ndarray, "n t"]
+) -> list[dict[str, float]]:
+    """Accuracy after at most n trials, for up to `POINTS` n."""
+    trials = measured.errors.shape[1]
+    caps = np.unique(np.geomspace(1, trials, POINTS).round().astype(int)).tolist()
+    found = []
+    for cap in caps:
+        answers = budget.reader.probabilities(measured.errors[:, :cap])
+        found.append(
+            {
+                "trials": cap,
+                "passes": float(spent[:, cap - 1].mean()),
+                "accuracy": float((answers.argmax(1) == measured.truth).mean()),
+                "balanced_accuracy": balanced_accuracy(measured.truth, answers),
+            }
+        )
+    return found
+
+
+def _race(measured: Measured, budget: Budget) -> dict[str, Any]:
+    """How often a race drops the true class, beside what it is allowed; nothing for no race."""
+    race = budget.policy
+    if not isinstance(race, PaperRace | BettingRace):
+        return {}
+    bound = race.alpha if isinstance(race, BettingRace) else None
+    return {"true_class_dropped": dropped(measured, race), "drop_bound": bound}
+
+
+def dropped(measured: Measured, policy: Policy) -> float:
+    """Share of cells whose true class a race has dropped by the end."""
+    ran = (~np.isnan(measured.errors)).any(2).sum(1)
+    gone = np.zeros(len(measured.truth), dtype=bool)
+    for count in np.unique(ran):
+        rows = np.flatnonzero(ran == count)
+        gone[rows] = ~policy(measured.errors[rows, :count])[
+            np.arange(len(rows)), measured.truth[rows]
+        ]
+    return float(gone.mean())
+
+
+def compare(
+    ours: Measured, budget: Budget, theirs: Measured, other: Budget, seed: int = 0
+) -> dict[str, Any]:
+    """Balanced accuracy of ours less theirs on the same cells, with its paired 95 % interval."""
+    right = {
+        name: each.reader.probabilities(m.errors).argmax(1) == m.truth
+        for name, m, each in (("ours", ours, budget), ("theirs", theirs, other))
+    }
+    recall = {name: _balanced(ours.truth, hits) for name, hits in right.items()}
+    return {
+        "balanced_accuracy_gain": recall["ours"] - recall["theirs"],
+        "balanced_accuracy_gain_ci95": _interval(ours.truth, right, seed),
+    }
+
+
+def _balanced(truth: np.ndarray, right: np.ndarray) -> float:
+    return float(np.mean([right[truth == k].mean() for k in np.unique(truth)]))
+
+
+def _interval(
+    truth: Int[np.ndarray, " n"], right: dict[str, np.ndarray], seed: int
+) -> list[float] | None:
+    """Of balanced accuracy; with two sets of answers, of the first less the second."""
+    first, *rest = right.values()
+    gain = first.astype(float) - (rest[0] if rest else 0)
+    weight = 1 / np.bincount(truth)[truth] / len(np.unique(truth))
+
+    def measure(samples: np.ndarray) -> np.ndarray:
+        return (gain * weight)[samples].sum(1)
+
+    return percentiles(bootstrap(truth, {"gain": measure}, seed=seed)["gain"])
+
+
+def render(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The page as text; `facts` are printed as they are."""
+    from cytodiffusion.evaluate import plots  # matplotlib takes a while
+
+    curves = [
+        ([p["passes"] for p in each["curve"]], [p["balanced_accuracy"] for p in each["curve"]])
+        for each in rows
+    ]
+    plot, keys = Markup(plots.cost_curves(curves)), [plots.key(i) for i in range(len(rows))]
+    return fill("cost.html.j2", title=title, rows=rows, plot=plot, keys=keys, facts=facts)
