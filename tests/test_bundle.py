@@ -178,7 +178,7 @@ def test_budgets_round_trip(model: Model) -> None:
     """Plain JSON; and seven digits, once taken, stay."""
     budgets = model.classifier.budgets
     assert list(budgets) == ["fast", "balanced", "full", "race", "paper"]
-    assert [len(budgets[name].draws) for name in budgets] == [12, 12, 12, 200, 2000]
+    assert [len(budgets[name].draws) for name in budgets] == [8, 8, 8, 200, 2000]
     plain = calibration_to_json(budgets)
     again = calibration_from_json(json.loads(json.dumps(plain)))
     assert calibration_to_json(again) == plain

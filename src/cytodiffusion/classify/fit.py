@@ -48,8 +48,7 @@ class Plan:
     levels: int = 24  # candidate trials, frozen noise
     low: float = 0.04  # lowest noise level, image units
     high: float = 6.0  # highest
-    trials: int = 12  # of a cell, at most
-    search: int = 6  # of them placed by greedy search; the rest follow in an even spread
+    trials: int = 8  # of a cell, at most, placed by greedy search
     race_cells: int = 160  # held-out cells for the races
     race_trials: int = 200  # most trials of a race while it is fitted, and of the betting race
     paper_most: int = 2000  # most trials of the paper's race in use
@@ -61,23 +60,11 @@ def candidates(plan: Plan) -> Draws:
     return stratified(plan.levels, plan.low, plan.high, seed=plan.seed, frozen=True)
 
 
-def order_trials(
-    errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan
-) -> list[int]:
-    """Best first: a greedy start, then the trials farthest from all those already taken."""
-    order = choose_trials(errors[:, :, :-1], truth, min(plan.search, plan.trials))
-    most = min(plan.trials, errors.shape[1])
-    while len(order) < most:
-        left = [t for t in range(errors.shape[1]) if t not in order]
-        order.append(max(left, key=lambda t: min(abs(t - taken) for taken in order)))
-    return order
-
-
 def fit_budgets(
     errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan
 ) -> dict[str, Budget]:
     """`fast`, `balanced` and `full`, from errors of the candidate trials."""
-    order = order_trials(errors, truth, plan)
+    order = choose_trials(errors[:, :, :-1], truth, plan.trials)
     every = candidates(plan)
     draws = replace(every, trials=tuple(every.trials[t] for t in order))
     return fit_sequence(draws, errors[:, order], truth)

@@ -41,8 +41,10 @@ def cost(
     ] = None,
     procedures: Annotated[
         str,
-        typer.Option(help="Some of: paper, paper as shipped, full, balanced, fast, race."),
-    ] = "paper,full,balanced,fast,race",
+        typer.Option(
+            help="Some of: paper, paper as shipped, paper in one pass, full, balanced, fast, race."
+        ),
+    ] = "paper,paper in one pass,full,balanced,fast,race",
     crop: Crop = None,
     json: Json = False,
     seed: Seed = 0,
@@ -54,7 +56,8 @@ def cost(
     """
     from cytodiffusion.bundle import load
     from cytodiffusion.evaluate.cost import render
-    from cytodiffusion.evaluate.report import write_file, write_page
+    from cytodiffusion.evaluate.report import write_page
+    from cytodiffusion.files import write_file
 
     console = Console(json)
     models = [load(name, pick_device(device)) for name in model or ["pbc8"]]
@@ -84,6 +87,8 @@ def _procedures(text: str, models: Sequence[Model]) -> list[str]:
     from cytodiffusion.evaluate.cost import PROCEDURES
 
     names = [name.strip() for name in text.split(",")]
+    if not all(model.classifier.together for model in models):
+        names = [name for name in names if name != "paper in one pass"]  # needs a head a class
     for name in names:
         if name not in PROCEDURES:
             raise SettingsError(
@@ -131,18 +136,18 @@ def _measure(
     from cytodiffusion.evaluate.cost import compare, procedure, row
 
     torch.set_num_threads(1)  # one for each worker
-    together, found = model.classifier.together, dict[str, "Measured"]()
+    found: dict[str, Measured] = {}
     for name in names:
         found[name] = _one(model, name, samples, classes, crop, out, console)
     console.unread += len(samples) - len(found[names[0]].truth)
+    form = "heads" if model.classifier.together else "conditional"
     rows = []
     for name, measured in found.items():
-        budget = procedure(model.classifier, name)[1]
-        told = row(measured, budget, name, together, seed)
+        measurement, budget = procedure(model.classifier, name)
+        told = row(measured, budget, name, measurement.together, seed)
         if name != "paper" and "paper" in found:
             reference = procedure(model.classifier, "paper")[1]
             told |= compare(measured, budget, found["paper"], reference, seed)
-        form = "heads" if together else "conditional"
         rows.append({"model": model.name, "form": form, **told})
     for each in rows:
         if "paper" in found:
@@ -161,7 +166,7 @@ def _one(
     import numpy as np
 
     from cytodiffusion.evaluate.cost import Measured, run
-    from cytodiffusion.predictions import writing_to
+    from cytodiffusion.files import writing_to
 
     preprocess = model.preprocess.model_copy(update={"crop": crop}) if crop else model.preprocess
     checksums = (model.folder / "checksums.json").read_bytes()
