@@ -20,6 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+os.environ["CYTODIFFUSION_ENGINE"] = "torch"  # the reference; tests/test_engines.py has the others
 
 
 @pytest.fixture(autouse=True)

@@ -16,22 +16,24 @@ import cytodiffusion
 
 SOURCE = Path(cytodiffusion.__file__).parent
 CORE = "types errors"
-BUNDLE = "networks classify train data diffusion"
+BUNDLE = "networks classify train data diffusion engines"
 
 # A part (a folder, or a file of the top level) and the parts it may import, besides itself.
 # "__init__" is the front door; from within, nothing but the version is taken from it.
 MAY = {
     "errors": "",
     "types": "errors",
-    "data": CORE,
+    "files": "errors",
+    "data": f"files {CORE}",
     "diffusion": CORE,
     "networks": f"diffusion {CORE}",
     "classify": f"diffusion {CORE}",
     "explain": f"classify data {CORE}",
-    "evaluate": f"classify data {CORE}",
-    "train": f"data diffusion networks {CORE}",
+    "evaluate": f"classify data files {CORE}",
+    "train": f"data diffusion networks files {CORE}",
+    "engines": f"networks diffusion classify {CORE}",
     "bundle": f"{BUNDLE} {CORE}",
-    "predictions": f"bundle classify data {CORE}",
+    "predictions": f"bundle classify data files {CORE}",
     "release": f"train classify data diffusion evaluate {CORE} __init__",
     "fleet": f"bundle predictions classify data {CORE} __init__",
     "review": f"data {CORE} __init__",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ from cytodiffusion.data.images import Preprocess, decode, to_tensor
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.precondition import EDMDenoiser
+from cytodiffusion.engines.engine import best_engine, make_engine
 from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.types import Classes
@@ -50,6 +52,7 @@ FILES = (
     "card.md", "LICENSE", "data_license.txt", "test_vectors.npz",
 )  # fmt: skip
 ZOO = Path(__file__).parent / "zoo"
+DEMO = ZOO.parent / "demo"
 DEFAULT_MODEL = "pbc8"
 VECTOR_SIGMAS = (0.1, 0.5, 2.0)
 TOLERANCE = 2e-3  # relative difference allowed between two machines' errors
@@ -66,6 +69,7 @@ class Model:
     preprocess: Preprocess
     taxonomy: Taxonomy
     config: dict[str, Any]
+    engine: str  # what computes the errors
 
     @property
     def classes(self) -> Classes:
@@ -361,10 +365,14 @@ def _denoiser(config: dict[str, Any], weights: dict[str, Tensor]) -> EDMDenoiser
     return EDMDenoiser(network, config["sigma_data"]).eval().requires_grad_(False)
 
 
-def load(model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") -> Model:
+def load(
+    model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu", engine: str = "auto"
+) -> Model:
     """Load a bundle folder, or a shipped model by name.
 
-    Raises ModelError when there is none, ChangedBundle when a file is not as it was released.
+    `engine` computes the errors (engines/engine.py); "auto" is CYTODIFFUSION_ENGINE or, on the
+    processor, the quickest one that is installed. Raises ModelError when there is no such model,
+    ChangedBundle when a file is not as it was released, SettingsError for an engine that is not one.
     """
     folder = find_bundle(model)
     check_files(folder)
@@ -376,6 +384,9 @@ def load(model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") 
         )
     denoiser = _denoiser(config, load_file(folder / "model.safetensors")).to(device)
     calibration = json.loads((folder / "calibration.json").read_text())
+    if engine == "auto":
+        on_cpu = torch.device(device).type == "cpu"
+        engine = os.environ.get("CYTODIFFUSION_ENGINE") or (best_engine() if on_cpu else "torch")
     classifier = Classifier(
         denoiser,
         Classes(tuple(config["classes"])),
@@ -384,10 +395,19 @@ def load(model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu") 
         together=config["settings"]["form"] == "heads",
         name=config["name"],
         device=device,
+        meter=make_engine(engine, denoiser, images=_cells(config)),
     )
     preprocess = Preprocess.model_validate_json((folder / "preprocess.json").read_text())
     taxonomy = Taxonomy.load(folder / "labels.yaml")
-    return Model(config["name"], folder, classifier, denoiser, preprocess, taxonomy, config)
+    return Model(config["name"], folder, classifier, denoiser, preprocess, taxonomy, config, engine)
+
+
+def _cells(config: dict[str, Any]) -> Float[Tensor, "n c h w"] | None:
+    """The demo cells, where this model is one of their size: they set the ranges of 8-bit engines."""
+    paths = sorted(DEMO.glob("*.png"))
+    size = config["settings"]["size"]
+    shown = [np.array(decode(path.read_bytes())).transpose(2, 0, 1) for path in paths]
+    return to_tensor(np.stack(shown)) if shown and shown[0].shape[1] == size else None
 
 
 def verify(model: str | Path, device: str | torch.device = "cpu") -> float:
@@ -395,10 +415,11 @@ def verify(model: str | Path, device: str | torch.device = "cpu") -> float:
 
     Raises ChangedBundle for a changed file, ModelError where the difference is over TOLERANCE.
     """
-    loaded = load(model, device)
+    loaded = load(model, device, engine="torch")
     with np.load(loaded.folder / "test_vectors.npz", allow_pickle=False) as vectors:
         pixels, wanted = vectors["pixels"], vectors["errors"]
-    found = _vector_errors(loaded.classifier.meter, device, pixels, len(loaded.classes) + 1)
+    meter = DenoiserMeter(loaded.denoiser)
+    found = _vector_errors(meter, device, pixels, len(loaded.classes) + 1)
     worst = float(np.abs(found / wanted - 1).max())
     if not worst <= TOLERANCE:  # also where it is no number
         raise ModelError(

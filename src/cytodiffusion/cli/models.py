@@ -66,21 +66,14 @@ def verify(
     """
     from cytodiffusion.bundle import TOLERANCE, load
     from cytodiffusion.bundle import verify as verify_bundle
-    from cytodiffusion.engines.engine import (
-        TOLERANCES,
-        best_engine,
-        check_difference,
-        difference,
-        make_engine,
-    )
+    from cytodiffusion.engines.engine import TOLERANCES, check_difference, difference
 
     device = pick_device(device)
     worst = verify_bundle(model, device)
-    loaded = load(model, device)
-    name = engine if engine != "auto" else best_engine() if device == "cpu" else "torch"
-    images = _vector_images(loaded.folder)
-    meter = make_engine(name, loaded.denoiser, images=images)
-    found = check_difference(name, difference(meter, loaded.denoiser, images))
+    loaded = load(model, device, engine)
+    name, images = loaded.engine, _vector_images(loaded.folder)
+    found = difference(loaded.classifier.meter, loaded.denoiser, images)
+    check_difference(name, found)
     text = (
         f"{model}: every file is as released; test vectors agree to {worst:.1e} of their value.\n"
     )
