@@ -45,7 +45,7 @@ class TrainSettings(BaseModel):
     preprocess: Preprocess = Preprocess()
     augmentation: Augmentation = Augmentation()
 
-    steps: int = Field(20_000, ge=1, description="optimiser steps")
+    steps: int = Field(17_000, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="images an optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
