@@ -3,6 +3,7 @@
 import html
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,7 +229,7 @@ def test_all_or_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OutputError, match=r"Cannot write the report .*: No space left") as error:
         write(path, [row("2.png")])
     assert "\n" not in str(error.value)

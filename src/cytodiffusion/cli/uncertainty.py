@@ -47,8 +47,9 @@ def uncertainty(
     """
     from cytodiffusion.errors import SettingsError
     from cytodiffusion.evaluate.answers import FORMS, read_all
-    from cytodiffusion.evaluate.report import write_file, write_page
+    from cytodiffusion.evaluate.report import write_page
     from cytodiffusion.evaluate.uncertainty import render
+    from cytodiffusion.files import write_file
 
     console = Console(json)
     if not predictions:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
-import tempfile
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cytodiffusion.data.sample import Sample
-from cytodiffusion.errors import DataError, OutputError, SettingsError
+from cytodiffusion.errors import DataError, SettingsError
+from cytodiffusion.files import write_file
 
 FRACTIONS: Mapping[str, float] = {"train": 0.8, "val": 0.1, "test": 0.1}
 
@@ -214,24 +214,11 @@ def _class_notes(
 
 def write_split(rows: Iterable[Row], path: Path | str) -> None:
     """Write path,label,split; the file appears whole or not at all. Raises OutputError."""
-    path = Path(path)
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("path", "label", "split"))
-            writer.writerows(rows)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise OutputError(
-            f"The split cannot be written to {path} ({error.strerror or error}). Give a path in a "
-            "folder that you may write to."
-        ) from error
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "label", "split"))
+    writer.writerows(rows)
+    write_file(Path(path), text.getvalue().encode(), "the split")
 
 
 def read_split(path: Path | str) -> list[Row]:

@@ -11,9 +11,7 @@ also says how good the answers were.
 from __future__ import annotations
 
 import base64
-import contextlib
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +23,8 @@ import numpy as np
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from cytodiffusion.errors import OutputError
 from cytodiffusion.evaluate.metrics import binomial_interval
+from cytodiffusion.files import write_file
 
 GALLERY = 48  # pictures of flagged cells
 MISTAKES = 24  # pictures of confident mistakes
@@ -282,19 +280,3 @@ def fill(template: str, **values: Any) -> str:
 
 def _source(name: str) -> str:
     return files("cytodiffusion.evaluate").joinpath(name).read_text("utf-8")
-
-
-def write_file(path: Path, content: bytes, what: str) -> None:
-    """Write a file whole or not at all. Raises OutputError, which names it and `what` it is."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)  # noqa: PTH105
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OutputError(
-            f"Cannot write {what} {path}: {error.strerror or error}. "
-            "Give a folder that can be written and has room."
-        ) from error

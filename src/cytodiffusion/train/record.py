@@ -21,20 +21,19 @@ from cytodiffusion.data.images import to_pixels
 from cytodiffusion.diffusion.noise import karras_sigmas
 from cytodiffusion.diffusion.precondition import EDMDenoiser
 from cytodiffusion.diffusion.sample import guided, sample
+from cytodiffusion.files import whole
 from cytodiffusion.train.loop import Progress, Run
 
 SAMPLER_STEPS = 18  # Heun steps of a drawn cell
 
 
 def record(run: Run, progress: Progress) -> None:
-    """Append one report to metrics.jsonl; after a cut, lines past the checkpoint are dropped."""
+    """Add one report to metrics.jsonl; after a cut, lines past the checkpoint are dropped."""
     path = run.folder / "metrics.jsonl"
     kept = [line for line in read_metrics(path) if line["step"] < progress.step]
-    if len(kept) < len(read_metrics(path)):
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     line = asdict(progress) | {"images_per_second": round(progress.images / progress.seconds, 2)}
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with whole(path) as part:
+        part.write_text("".join(json.dumps(each) + "\n" for each in [*kept, line]))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -58,7 +57,8 @@ def plot_progress(run: Run) -> None:
     seen = [line for line in lines if line["validation"]]
     right.plot([line["step"] for line in seen], [line["validation"]["nll"] for line in seen], "o-")  # type: ignore[index]
     right.set(xlabel="step", title="validation NLL, nats")
-    figure.savefig(run.folder / "progress.png", dpi=120)
+    with whole(run.folder / "progress.png") as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def draw_samples(run: Run) -> None:
@@ -66,7 +66,8 @@ def draw_samples(run: Run) -> None:
     rows = [draw_row(run.denoiser(which), run) for which in ("raw", "raw", "ema", "ema")]
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(folder / f"{run.step:06}.png")
+    with whole(folder / f"{run.step:06}.png") as part:
+        Image.fromarray(np.concatenate(rows)).save(part, "PNG")
 
 
 def draw_row(denoiser: EDMDenoiser, run: Run) -> np.ndarray:

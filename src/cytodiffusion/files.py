@@ -1,0 +1,53 @@
+"""Files appear whole or not at all, and a system that refuses to write is told in one line.
+
+A file is written under another name beside its place and renamed at the end. That name begins with a
+dot: should the machine itself stop half-way, no reader takes what is left for an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cytodiffusion.errors import OutputError
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to become `path`: at the end it takes that place, or is gone."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_file(path: Path, content: bytes, what: str) -> None:
+    """Write a file whole or not at all. Raises OutputError, which names it and `what` it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part:
+            part.write_bytes(content)
+    except OSError as error:
+        raise OutputError(
+            f"Cannot write {what} {path}: {error.strerror or error}. "
+            "Give a folder that can be written and has room."
+        ) from error
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into one clear line: OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written to ({error.strerror or error}). What was done so far is "
+            "kept; free some space or choose another folder with -o, and run again to go on."
+        ) from error

@@ -1,0 +1,63 @@
+"""A file is there whole, or what was there before is; nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from cytodiffusion.errors import OutputError
+from cytodiffusion.files import whole, write_file, writing_to
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_the_new_file_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    for content in (b"one", b"two"):
+        write_file(tmp_path / "new" / "x.json", content, "the results")
+        assert (tmp_path / "new" / "x.json").read_bytes() == content
+    assert names(tmp_path / "new") == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError()]
+)
+def test_cut_half_way_the_old_file_stays_alone(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "x.csv").write_text("old")
+
+    def half_way() -> None:
+        with whole(tmp_path / "x.csv") as part:
+            part.write_text("ne")
+            assert part.name.startswith(".")  # which no reader takes for an image
+            raise error
+
+    with pytest.raises(type(error)):
+        half_way()
+    assert (names(tmp_path), (tmp_path / "x.csv").read_text()) == (["x.csv"], "old")
+
+
+def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path: Path) -> None:
+    """No simulation: the system lets no file grow past 100 bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"Cannot write the table .*x\.csv: File too large\."):
+            write_file(tmp_path / "x.csv", b"0" * 1000, "the table")
+        with pytest.raises(OutputError, match="File too large"), writing_to(tmp_path / "new"):
+            (tmp_path / "new" / "x.csv").write_bytes(b"0" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["new"]
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match="Give a folder"):
+        write_file(tmp_path / "out" / "x.csv", b"", "the table")
+    with pytest.raises(OutputError, match="cannot be written to"), writing_to(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").read_text() == "mine"
