@@ -155,6 +155,36 @@ def test_one_changed_byte_of_a_png_is_noticed():
         decode(bytes(data))
 
 
+def test_a_kind_that_the_decoder_does_not_know():
+    """A DDS file whose pixel format has no name: Pillow says NotImplementedError."""
+    header = struct.pack("<7I44x", 124, 0x1007, 8, 8, 0, 0, 0)
+    data = b"DDS " + header + struct.pack("<8I20x", 32, 4, 0x31415926, 0, 0, 0, 0, 0) + b"\0" * 99
+    with pytest.raises(NotImplementedError):
+        Image.open(io.BytesIO(data))
+    with pytest.raises(UnreadableImage, match="damaged"):
+        decode(data)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no AV1"), struct.error("short"), KeyError(1)])
+def test_whatever_a_decoder_raises_is_an_unreadable_image(monkeypatch, error):
+    def fails(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cytodiffusion.data.images._to_rgb", fails)
+    with pytest.raises(UnreadableImage, match="damaged"):
+        decode(stored(Image.fromarray(RGB)))
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_not_the_fault_of_the_image_is_not_put_on_it(monkeypatch, error):
+    def fails(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cytodiffusion.data.images._to_rgb", fails)
+    with pytest.raises(error):
+        decode(stored(Image.fromarray(RGB)))
+
+
 def bomb(side: int) -> bytes:
     """A PNG that says it is `side` pixels square, with next to nothing in it."""
 

@@ -74,9 +74,11 @@ def decode(data: bytes) -> Image.Image:
             _refuse_huge(image)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+    except (UnreadableImage, MemoryError):
+        raise
     except UnidentifiedImageError as error:
         raise UnreadableImage("not an image in a known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a decoder of Pillow may raise anything
         raise UnreadableImage(f"damaged or truncated image ({_first_line(error)})") from error
 
 
