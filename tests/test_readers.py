@@ -180,6 +180,46 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | str, message: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["mono/closed", ".Trashes"])
+def test_a_folder_that_may_not_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """One that could hold cells is told; one that is passed over in any case is not."""
+    put(tmp_path, {**CELLS, f"{name}/c.png": image_bytes(4)})
+    scan = os.scandir
+
+    def refuses(path: str) -> Any:
+        if str(path).endswith(name):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    if name.startswith("."):
+        assert facts(read_dataset(tmp_path)) == CELL_FACTS
+        return
+    with pytest.raises(DataError, match=r"mono/closed cannot be listed \(Permission denied\)"):
+        read_dataset(tmp_path)
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path: Path) -> None:
+    """JSON can hold half a character; a file with a byte that is no text is still found."""
+    odd = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / odd).write_bytes(image_bytes(7))
+    lines = [{"path": "\ud800.png", "label": "a\udfff"}, {"path": odd, "patient": "\ud800"}]
+    put(tmp_path, {"x.jsonl": "\n".join(map(json.dumps, lines))})
+    one, two = read_dataset(tmp_path / "x.jsonl")
+    assert (one.name, one.label) == (r"\ud800.png", r"a\udfff")
+    assert (two.name, two.patient) == (r"caf\xe9.png", r"\ud800")
+    assert two.read() == image_bytes(7)
+    with pytest.raises(UnreadableImage):
+        one.read()
+    content = json.loads(coco([0, 0, 5, 5], "\ud800.png"))
+    content["categories"][0]["name"] = "\ud800"
+    put(tmp_path / "boxes", {"x.json": json.dumps(content)})
+    boxes = read_dataset(tmp_path / "boxes")
+    assert facts(boxes)[0] == (r"\ud800.png#11", r"\ud800")
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing at"):
         read_dataset(tmp_path / "none")
@@ -387,6 +427,40 @@ def test_damaged_archives(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UnreadableImage, match="ends before"):
         cut.read()
+
+
+def test_damaged_lzma(tmp_path: Path) -> None:
+    """A tar.xz, a member of a zip, and an array of an NPZ file."""
+    path = tmp_path / "x.tar.xz"
+    with tarfile.open(path, "w:xz") as tar:
+        info = tarfile.TarInfo("mono/a.png")
+        info.size = 50_000
+        tar.addfile(info, io.BytesIO(os.urandom(info.size)))
+    data = bytearray(path.read_bytes())
+    data[30_000:30_100] = bytes(100)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_dataset(path)
+    np.save(tmp_path / "a.npy", np.zeros((9, 5, 5), np.uint8))
+    for name, member in (("y.zip", "mono/a.png"), ("z.npz", "images.npy")):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_LZMA) as archive:
+            archive.writestr(member, (tmp_path / "a.npy").read_bytes())
+        damaged = bytearray((tmp_path / name).read_bytes())
+        damaged[30 + len(member) : 30 + len(member) + 9] = b"\xff" * 9  # after the header
+        (tmp_path / name).write_bytes(damaged)
+    (bad,) = read_dataset(tmp_path / "y.zip")
+    with pytest.raises(UnreadableImage, match="damaged in the archive"):
+        bad.read()
+    with pytest.raises(DataError, match="cannot be read"):
+        read_dataset(tmp_path / "z.npz")
+
+
+def test_a_zip_with_a_name_twice(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("mono/a.png", "1")
+        archive.writestr("mono\\a.png", "2")
+    with pytest.raises(DataError, match=r"holds 'mono/a\.png' twice"):
+        read_dataset(tmp_path / "x.zip")
 
 
 def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:

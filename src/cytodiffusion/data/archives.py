@@ -6,6 +6,7 @@ compressed tar has no way to jump to a member, so its files are held in memory, 
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
 import zipfile
@@ -18,6 +19,7 @@ from cytodiffusion.data.sample import MAX_BYTES, HeldBytes, Source, Tree, one_li
 from cytodiffusion.errors import DataError, UnreadableImage
 
 MAX_HELD = 4 * 2**30  # bytes of a compressed tar in memory
+DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)  # bzip2 says OSError
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -33,7 +35,7 @@ def open_archive(path: Path) -> Tree:
     """
     try:
         files = _zip_files(path) if path.suffix.lower() == ".zip" else _tar_files(path)
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (OSError, EOFError, *DAMAGED, tarfile.TarError) as error:
         raise DataError(
             f"The archive {path} cannot be read ({one_line(error)}). It may be damaged or half "
             "downloaded: fetch it again, or unpack it and give the folder."
@@ -55,7 +57,7 @@ class ZipMember:
                 data = file.read(MAX_BYTES + 1)
         except (OSError, EOFError, RuntimeError, KeyError, ValueError) as error:
             raise UnreadableImage(f"cannot be unpacked ({one_line(error)})") from error
-        except (zlib.error, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise UnreadableImage(f"damaged in the archive ({one_line(error)})") from error
         if len(data) > MAX_BYTES:
             raise UnreadableImage(f"unpacks to more than {MAX_BYTES >> 20} MiB")
@@ -93,7 +95,16 @@ def _open_zip(path: Path, changed: int, process: int) -> zipfile.ZipFile:
 def _zip_files(path: Path) -> dict[str, Source]:
     with zipfile.ZipFile(path) as archive:
         members = [info.filename for info in archive.infolist() if not info.is_dir()]
-    return {_safe(member, path): ZipMember(path, member) for member in members}
+    files: dict[str, Source] = {}
+    for member in members:
+        name = _safe(member, path)
+        if name in files:
+            raise DataError(
+                f"The archive {path} holds '{name}' twice. Pack the images again, each with a name "
+                "of its own."
+            )
+        files[name] = ZipMember(path, member)
+    return files
 
 
 def _tar_files(path: Path) -> dict[str, Source]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cytodiffusion.data.images import decode
-from cytodiffusion.data.sample import Sample, Source, Tree, png
+from cytodiffusion.data.sample import Sample, Source, Tree, png, to_text
 from cytodiffusion.errors import DataError, UnreadableImage
 
 Box = tuple[float, float, float, float]
@@ -116,7 +116,8 @@ def _coco_sample(
     name, source = find(pictures[entry["image_id"]])
     box = (x, y, x + width, y + height)
     cut = None if source is None else BoxCrop(source, box, margin)
-    return Sample(f"{name}#{entry.get('id', number)}", labels[entry["category_id"]], source=cut)
+    name = to_text(f"{name}#{entry.get('id', number)}")
+    return Sample(name, to_text(labels[entry["category_id"]]), source=cut)
 
 
 def read_voc(tree: Tree, files: list[str], margin: float | None = None) -> list[Sample]:

@@ -24,7 +24,7 @@ from typing import Any
 
 from cytodiffusion.data.archives import is_archive, open_archive
 from cytodiffusion.data.boxes import is_coco, parse_json, read_coco, read_voc
-from cytodiffusion.data.sample import FileBytes, Sample, Source, Tree
+from cytodiffusion.data.sample import FileBytes, Sample, Source, Tree, to_text
 from cytodiffusion.data.split import read_split
 from cytodiffusion.data.tables import read_npz, read_parquet
 from cytodiffusion.errors import DataError, UnreadableImage
@@ -37,7 +37,7 @@ TEXTS = frozenset((".txt", ".md", ".yaml", ".yml", ".html", ".py"))
 PAPERS = TABLES | TEXTS  # what may lie beside images without being meant as one
 PAPER_NAMES = frozenset(("license", "licence", "readme", "notice", "thumbs.db", "desktop.ini"))
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-COLUMNS = {  # accepted headings, best first
+COLUMNS = {  # accepted headings, best first; in the order of a Sample's fields
     "path": ("path", "file", "filename", "file_name", "image"),
     "label": ("label", "class"),
     "patient": ("patient", "patient_id"),
@@ -104,23 +104,25 @@ def _read(path: Path, margin: float | None) -> list[Sample]:
 
 
 def _folder(root: Path) -> Tree:
-    """A file name can hold bytes that are no text: in the sample's name they are \\xe9 and the like."""
-    return Tree(root, {_text(name): FileBytes(root / name) for name in sorted(_walk(root))}, root)
-
-
-def _text(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+    return Tree(root, {to_text(name): FileBytes(root / name) for name in sorted(_walk(root))}, root)
 
 
 def _walk(root: Path) -> Iterator[str]:
     """Relative paths of the files, linked folders included, each folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"The folder {error.filename} cannot be listed ({error.strerror}). Give it read "
+            "permission, or take it out of the data set."
+        )
+
     seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         if os.path.realpath(folder) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(folder))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not _hidden(name))
         relative = Path(folder).relative_to(root)
         yield from ((relative / file).as_posix() for file in files)
 
@@ -221,14 +223,17 @@ def _read_manifest(tree: Tree, name: str, data: bytes) -> list[Sample]:
             "first line path,label or one JSON object a line."
         ) from error
     rows = [_fields(line, number, where) for number, line in lines]
-    paths = [str(row["path"]) for row in rows]
-    _refuse_repeats(paths, where)
-    return [
-        Sample(
-            path, row["label"], row["patient"], row["slide"], row["split"], source=tree.source(path)
-        )
-        for path, row in zip(paths, rows, strict=True)
-    ]
+    samples = [_manifest_sample(row, tree) for row in rows]
+    _refuse_repeats([sample.name for sample in samples], where)
+    return samples
+
+
+def _manifest_sample(row: Mapping[str, str | None], tree: Tree) -> Sample:
+    path = str(row["path"])
+    label, patient, slide, split = (
+        value and to_text(value) for column, value in row.items() if column != "path"
+    )
+    return Sample(to_text(path), label, patient, slide, split, source=tree.source(path))
 
 
 def _csv_lines(text: str) -> list[tuple[int, Mapping[str, Any]]]:

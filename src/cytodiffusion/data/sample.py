@@ -99,6 +99,15 @@ def one_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
+def to_text(name: str) -> str:
+    """A name as it can be written: bytes of a file name that are no text become \\xe9 and the like."""
+    try:
+        data = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a character, which JSON can hold
+        data = name.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
+
+
 def png(pixels: np.ndarray) -> bytes:
     """8-bit pixels as the bytes of a PNG file; nothing is lost."""
     buffer = io.BytesIO()

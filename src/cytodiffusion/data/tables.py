@@ -10,7 +10,6 @@ import io
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cytodiffusion.data.archives import DAMAGED
 from cytodiffusion.data.sample import HeldBytes, PngOfArray, Sample, Source, one_line
 from cytodiffusion.errors import DataError, UnreadableImage
 
@@ -181,7 +181,7 @@ def _arrays(path: Path, data: bytes | None) -> dict[str, np.ndarray]:
         with np.load(opened, allow_pickle=False) as file:
             wanted = [name for name in file.files if name.endswith(("images", "labels"))]
             return {name: file[name] for name in wanted}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, MemoryError) as error:
+    except (OSError, ValueError, EOFError, *DAMAGED, MemoryError) as error:
         raise DataError(
             f"The NPZ file {path} cannot be read ({one_line(error)}). Fetch it again."
         ) from error
