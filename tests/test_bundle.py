@@ -243,12 +243,32 @@ def test_a_file_struck_off_the_list_is_refused(tiny: Tiny, tmp_path: Path, name:
         check_files(folder)
 
 
-@pytest.mark.parametrize("name", ["evil.py", ".hidden", "sub/evil.py"])
+@pytest.mark.parametrize("name", ["evil.py", "sub/evil.py"])
 def test_an_extra_file_is_refused(tiny: Tiny, tmp_path: Path, name: str) -> None:
     folder = tiny.copy(tmp_path / "b")
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("print()")
     with pytest.raises(ChangedBundle, match="does not belong to it"):
+        load(folder)
+
+
+def test_what_finder_leaves_in_a_folder_is_passed_over(tiny: Tiny, tmp_path: Path) -> None:
+    """A bundle with a .DS_Store is as released, and the file does not get on the list."""
+    folder = tiny.copy(tmp_path / "b")
+    before = (folder / "checksums.json").read_bytes()
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    load(folder)
+    bundles._write_checksums(folder)
+    assert (folder / "checksums.json").read_bytes() == before
+
+
+def test_a_hidden_file_cannot_be_listed(tiny: Tiny, tmp_path: Path) -> None:
+    """A list that names one asks for something that is not a bundle's."""
+    folder = tiny.copy(tmp_path / "b")
+    (folder / ".evil").write_text("print()")
+    sums = json.loads((folder / "checksums.json").read_text()) | {".evil": "0" * 64}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    with pytest.raises(ChangedBundle, match=r"\.evil is missing"):
         load(folder)
 
 

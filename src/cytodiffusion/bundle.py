@@ -282,9 +282,13 @@ def replace_texts(folder: Path, texts: dict[str, str]) -> None:
 
 
 def _write_checksums(folder: Path) -> None:
-    names = sorted(path for path in folder.iterdir() if path.name != "checksums.json")
+    names = sorted(path for path in _visible(folder) if path.name != "checksums.json")
     checksums = {path.name: _sha256(path) for path in names}
     (folder / "checksums.json").write_text(json.dumps(checksums, indent=1) + "\n")
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _sha256(path: Path) -> str:
@@ -339,14 +343,17 @@ def shipped() -> list[str]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises ChangedBundle if a file is missing, changed, or not listed."""
+    """Raises ChangedBundle if a file is missing, changed, or not listed.
+
+    Names that begin with a dot, as of .DS_Store, are passed over: nothing reads them.
+    """
     try:
         listed: dict[str, str] = dict(json.loads((folder / "checksums.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ChangedBundle(
             f"{folder} has no readable checksums.json, so it cannot be trusted. Copy the bundle again."
         ) from error
-    present = {path.name for path in folder.iterdir()} - {"checksums.json"}
+    present = {path.name for path in _visible(folder)} - {"checksums.json"}
     for name in sorted(listed.keys() | present | set(FILES)):
         if name not in present:
             problem = "is missing"
