@@ -23,6 +23,7 @@ from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint, s
 from cytodiffusion.train.ema import EMA
 from cytodiffusion.train.loop import (
     UNLABELLED,
+    Progress,
     Run,
     TrainingSet,
     batch_indices,
@@ -30,6 +31,7 @@ from cytodiffusion.train.loop import (
     mix,
     train,
 )
+from cytodiffusion.train.record import read_metrics, record
 from cytodiffusion.train.settings import NetworkSettings, TrainSettings, load_settings
 
 CLASSES = ("red", "green", "blue")
@@ -152,6 +154,29 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_weights(tmp_path, form):
         run = go(tmp_path / "cut", chosen, stop)
     assert run.step == 8
     assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_first_report_after_a_cut_is_of_what_was_done_since(tmp_path):
+    """Gone on at step 2 of 8 with a report every 3: one step, then three, then two."""
+    chosen = settings()
+    single = Run(tmp_path / "whole", chosen, cells(), device="cpu")
+    losses = [progress.losses["total"] for progress in train(single, report_every=1)]
+    go(tmp_path / "cut", chosen, 2).save()
+    run = Run(tmp_path / "cut", chosen, cells(), device="cpu")
+    found = list(train(run, report_every=3))
+    assert [p.images for p in found] == [8, 24, 16]
+    wanted = [losses[2], np.mean(losses[3:6]), np.mean(losses[6:])]
+    assert [p.losses["total"] for p in found] == pytest.approx(wanted)
+
+
+def test_a_torn_last_line_of_the_metrics_goes(tmp_path):
+    run = Run(tmp_path, settings(), cells(), device="cpu")
+    for step in (1, 2):
+        record(run, Progress(step, 8, 1.0, 8))
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "lo')
+    for step in (3, 4):
+        record(run, Progress(step, 8, 1.0, 8))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_killed_between_checkpoints(tmp_path):

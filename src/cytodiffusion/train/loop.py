@@ -28,6 +28,7 @@ from cytodiffusion.diffusion.loss import UNLABELLED, Losses, Sharpness, class_lo
 from cytodiffusion.diffusion.noise import training_sigmas
 from cytodiffusion.diffusion.precondition import EDMDenoiser, spread
 from cytodiffusion.errors import SettingsError
+from cytodiffusion.files import whole
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.train.checkpoint import (
     latest_checkpoint,
@@ -136,8 +137,8 @@ class Run:
                     f"{self.folder} was begun with other settings (see settings.yaml there). Give "
                     "the same ones to go on, or another folder to start anew."
                 )
-        path.with_suffix(".tmp").write_text(dump_settings(self.settings))
-        path.with_suffix(".tmp").replace(path)
+        with whole(path) as part:
+            part.write_text(dump_settings(self.settings))
 
     def _names(self) -> list[str]:
         return [name for name, _ in self.learner.named_parameters()]
@@ -220,6 +221,7 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
     labels = torch.from_numpy(run.data.labels).to(device)
     began = saved = time.monotonic()
     sums: dict[str, float] = {}
+    count = 0  # steps of this process since the last report
     run.model.train()
     while run.step < settings.steps:
         for group in run.optimizer.param_groups:
@@ -228,10 +230,10 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
             sums[name] = sums.get(name, 0.0) + value
         run.ema.update(run.learner, run.step)
         run.step += 1
+        count += 1
 
         last = run.step == settings.steps
         if run.step % report_every == 0 or last:
-            count = (run.step - 1) % report_every + 1
             spent, began = time.monotonic() - began, time.monotonic()
             scores = None
             passed = run.step // validate_every > (run.step - count) // validate_every
@@ -241,7 +243,7 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
                 began = time.monotonic()
             means = {name: value / count for name, value in sums.items()}
             yield Progress(run.step, settings.steps, spent, count * settings.batch, means, scores)
-            sums = {}
+            sums, count = {}, 0
         if last or time.monotonic() - saved > 60 * settings.checkpoint_minutes:
             run.save()
             saved = time.monotonic()
