@@ -56,6 +56,19 @@ def test_conformal_sets_by_hand():
     assert metrics.coverage_per_class(TRUTH, SETS) == [1.0, 0.5, None]
 
 
+def test_coverage_table_by_hand():
+    """Limits of .6 on 1 - p let in what is likelier than .4; class a may have any probability."""
+    limits = {("all", 0.5): np.full(3, 0.6), ("class", 0.9): np.array([1.0, 0.35, 0.35])}
+    first, second = metrics.coverage_table(TRUTH, TABLE, limits, NAMES)
+    assert (first["sets"], first["asked"], first["coverage"]) == ("all", 0.5, 3 / 5)
+    assert first["mean_set_size"] == 1.0
+    assert first["furthest"] == {"class": "a", "coverage": 2 / 3}
+    assert second["coverage"] == 4 / 5  # the last cell is of class b, at .2
+    assert second["furthest"] == {"class": "b", "coverage": 0.5}
+    assert second["empty"] == 0
+    assert second["coverage_ci95"] == list(binomial_interval(4, 5))
+
+
 def test_per_class_by_hand():
     found = metrics.per_class(TRUTH, TABLE, NAMES, SETS)
     assert found["a"] == {

@@ -204,21 +204,41 @@ class Classifier:
         ran = ~np.isnan(errors)
         fitted = chosen.reader.probabilities(errors)
         anomaly = chosen.reader.anomaly(errors, fitted)
-        ratio = np.ones(len(self.classes)) if prior is None else _ratio(prior, chosen.held.prior)
-        held = change_prior(chosen.held.probabilities, ratio)
-        probabilities = change_prior(fitted, ratio)
+        probabilities = change_prior(fitted, self._ratio(prior, budget))
         trials = ran.any(2).sum(1)
         return Reading(
             classes=self.classes,
             probabilities=probabilities,
-            sets=lac_sets(
-                probabilities, thresholds(held, chosen.held.truth, coverage, sets, ratio)
-            ),
+            sets=lac_sets(probabilities, self.limits(budget, coverage, sets=sets, prior=prior)),
             anomaly=anomaly,
             anomaly_p=chosen.held.p_value(anomaly),
             trials=trials,
             passes=(trials if self.together else ran.sum((1, 2))).astype(float),
         )
+
+    def limits(
+        self,
+        budget: str = "balanced",
+        coverage: float = COVERAGE,
+        *,
+        sets: Sets = "all",
+        prior: Float[np.ndarray, " k"] | None = None,
+    ) -> Float[np.ndarray, " k"]:
+        """Largest 1 - p at which each class still belongs to a conformal set."""
+        held, ratio = self.budget(budget).held, self._ratio(prior, budget)
+        moved = change_prior(held.probabilities, ratio)
+        return thresholds(moved, held.truth, coverage, sets, ratio)
+
+    def _ratio(self, prior: Float[np.ndarray, " k"] | None, budget: str) -> Float[np.ndarray, " k"]:
+        """How much more often than in the fit each class comes up. Raises SettingsError."""
+        if prior is None:
+            return np.ones(len(self.classes))
+        if not (np.isfinite(prior).all() and (prior > 0).all()):
+            raise SettingsError(
+                "A prior needs a positive number for every class; for a class that cannot come up, "
+                "restrict the answers instead."
+            )
+        return prior / prior.sum() / self.budget(budget).held.prior
 
     def predict(self, images: Tensor | np.ndarray, budget: str = "balanced") -> np.ndarray:
         """Name of the most probable class of each image, (n,)."""
@@ -232,18 +252,6 @@ class Classifier:
     def anomaly_score(self, images: Tensor | np.ndarray, budget: str = "balanced") -> np.ndarray:
         """How strange each image is, (n,), 0 to 1; higher is stranger."""
         return self.read(self.measure(images, budget=budget), budget).anomaly
-
-
-def _ratio(
-    prior: Float[np.ndarray, " k"], fitted: Float[np.ndarray, " k"]
-) -> Float[np.ndarray, " k"]:
-    """How much more often than in the fit each class comes up. Raises SettingsError."""
-    if not (np.isfinite(prior).all() and (prior > 0).all()):
-        raise SettingsError(
-            "A prior needs a positive number for every class; for a class that cannot come up, "
-            "restrict the answers instead."
-        )
-    return prior / prior.sum() / fitted
 
 
 def digest(image: Tensor) -> str:

@@ -14,7 +14,7 @@ Sources: Guo et al. 2017, arXiv 1706.04599 (calibration error); Brier 1950; Geif
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -65,6 +65,37 @@ def coverage_per_class(truth: Truth, sets: Sets) -> list[float | None]:
 def mean_set_size(sets: Sets) -> float:
     """Classes in a conformal set on average, 0 to k; lower is better at the same coverage."""
     return float(sets.sum(axis=1).mean())
+
+
+def coverage_table(
+    truth: Truth,
+    probabilities: Probabilities,
+    limits: Mapping[tuple[str, float], Float[np.ndarray, " k"]],
+    classes: Iterable[str],
+) -> list[dict[str, Any]]:
+    """Coverage and size of the sets {k: 1 - p_k <= limit_k}, a row for each (kind of set, asked).
+
+    `furthest` is the class whose own coverage is furthest from what was asked.
+    """
+    names, rows = tuple(classes), []
+    for (kind, asked), limit in limits.items():
+        sets = 1 - probabilities <= limit
+        held = int(_covered(truth, sets).sum())
+        each = [(name, c) for name, c in zip(names, coverage_per_class(truth, sets), strict=True)]
+        furthest = max((pair for pair in each if pair[1] is not None),
+                       key=lambda pair: abs((pair[1] or 0) - asked))  # fmt: skip
+        rows.append(
+            {
+                "sets": kind,
+                "asked": asked,
+                "coverage": held / len(truth),
+                "coverage_ci95": list(binomial_interval(held, len(truth))),
+                "mean_set_size": mean_set_size(sets),
+                "empty": float((~sets.any(axis=1)).mean()),
+                "furthest": {"class": furthest[0], "coverage": furthest[1]},
+            }
+        )
+    return rows
 
 
 # -------------------------------------------------------------------------------- class by class
