@@ -11,6 +11,7 @@ and the mean over (eps, -eps) of its square has no mixed term. Divided by sigma^
 """
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 
 from cytodiffusion.classify.draws import Draws, Trial, stratified
 from cytodiffusion.classify.evidence import DenoiserMeter, log_evidence
-from cytodiffusion.classify.measure import Measurement
+from cytodiffusion.classify.measure import POOL, Measurement
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.noise import log_spaced
 from cytodiffusion.networks.exact import GaussianWorld
@@ -224,3 +225,32 @@ def test_batches_and_order_change_nothing(together, batch, policy):
         policy=policy, together=together, batch=batch,
     )  # fmt: skip
     np.testing.assert_allclose(found, want[order], rtol=1e-6)
+
+
+def test_when_nobody_listens_threads_end_with_the_round_they_are_in():
+    """As after Ctrl-C: two threads, each held up within a pass, finish their rounds and stop."""
+    gate, held_up, passes, prepared = threading.Event(), threading.Semaphore(0), [], []
+    gate.set()
+
+    def meter(images, noise, sigma, labels):
+        passes.append(len(images))
+        if not gate.is_set():
+            held_up.release()
+            gate.wait()
+        return torch.zeros(labels.shape)
+
+    def prepare(number):
+        prepared.append(number)
+        return IMAGES[0], str(number)
+
+    once = Measurement(stratified(1, 0.5, 2.0), K + 1, POSES, batch=4)
+    stream = once.stream(meter, range(100_000), prepare, workers=2)
+    next(stream)
+    gate.clear()
+    assert held_up.acquire(timeout=60)
+    assert held_up.acquire(timeout=60)
+    before, began = len(prepared), len(passes)
+    threading.Timer(0.2, gate.set).start()
+    stream.close()
+    assert len(prepared) == before
+    assert len(passes) - began <= 2 * (POOL - 1)

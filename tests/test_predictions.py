@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import io
 import json
@@ -11,6 +12,7 @@ import shutil
 import stat
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from helpers import CLASSES, Result, Tiny, cli, contents, disc, tiny_model, write_discs
@@ -19,6 +21,7 @@ from pyarrow import parquet
 
 from cytodiffusion import predictions
 from cytodiffusion.bundle import Model, load
+from cytodiffusion.classify.classifier import Reading
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import HeldBytes, Sample, png
 from cytodiffusion.errors import LabelError, OutputError, SettingsError
@@ -144,6 +147,23 @@ def test_parquet_equals_csv(tiny: Tiny, cells: Path, tmp_path: Path) -> None:
                 assert text == ""
             else:
                 assert (text if isinstance(value, str) else float(text)) == value
+
+
+def test_small_probabilities_are_not_rounded_to_nothing(
+    model: Model, cells: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A right class told 4e-7 costs 14.7 nats; told 0 it would cost as many as one cares to say."""
+    restrict = predictions._read
+
+    def sharp(*words: object) -> Reading:
+        reading = restrict(*words)
+        told = np.tile([4.1234567e-7, 1e-3, 1 - 1e-3 - 4.1234567e-7], (len(reading.anomaly), 1))
+        return dataclasses.replace(reading, probabilities=told)
+
+    monkeypatch.setattr(predictions, "_read", sharp)
+    samples = [s for s in read_dataset(cells) if s.name.startswith("neutrophil/5")]
+    for row in named(model, samples):
+        assert [row[f"prob_{name}"] for name in CLASSES] == [4.12346e-7, 1e-3, 0.999]
 
 
 def test_unreadable_rows_say_why(model: Model, cells: Path) -> None:
@@ -432,7 +452,26 @@ def test_a_full_disk_at_the_end_keeps_what_was_done(
     assert name(tiny, cells, tmp_path).code == 1
     assert calls.images == 0
     assert len(rows_of(tmp_path)) == 14
-    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=repr)
+def test_nothing_half_written_stays(
+    tiny: Tiny, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Cut in the middle of the table, or of the request."""
+
+    def cut(table: object, path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cytodiffusion.predictions.pa_csv.write_csv", cut)
+        assert name(tiny, cells, tmp_path / "out").code in (2, 130)
+    assert set(contents(tmp_path / "out")) == {"request.json", PART}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        assert name(tiny, cells, tmp_path / "new").code == 2
+    assert contents(tmp_path / "new") == {}
 
 
 def test_a_full_disk_half_way(

@@ -11,7 +11,6 @@ import csv
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,6 +31,7 @@ from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import Loaded, load_one
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import OutputError
+from cytodiffusion.files import whole, writing_to
 from cytodiffusion.types import Classes
 
 Row = dict[str, Any]
@@ -63,6 +63,7 @@ class Request:
             "model": model.name,
             "weights": model.weights_sha256,
             "calibration": checksums["calibration.json"],
+            "engine": model.engine,
             "budget": self.budget,
             "crop": self.crop or model.preprocess.crop,
             "coverage": self.coverage,
@@ -128,17 +129,22 @@ def _rows(loaded: list[Loaded], reading: Reading, model: Model, spent: float) ->
             "path": item.sample.name,
             "sha256": item.sha256,
             "predicted": answer.predicted,
-            "confidence": round(answer.confidence, 6),
-            **{f"prob_{name}": round(float(p), 6) for name, p in chances},
+            "confidence": _short(answer.confidence),
+            **{f"prob_{name}": _short(p) for name, p in chances},
             "set": "|".join(answer.conformal_set),
-            "anomaly": round(answer.anomaly, 6),
-            "anomaly_p": round(answer.anomaly_p, 6),
+            "anomaly": _short(answer.anomaly),
+            "anomaly_p": _short(answer.anomaly_p),
             "flag": answer.flag,
             "trials": answer.trials,
             "passes": answer.passes,
             "milliseconds": round(spent, 3),
             "model": model.name,
         }
+
+
+def _short(value: float) -> float:
+    """Six significant digits: a probability of 4e-7 is not 0, and has a logarithm."""
+    return float(f"{value:.6g}")
 
 
 def _unreadable(item: Loaded, model: Model) -> Row:
@@ -160,19 +166,6 @@ def schema(names: Sequence[str]) -> pa.Schema:
     return pa.schema({**types, "trials": pa.int64()})
 
 
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn the system's refusals to write into one clear line."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written to ({error.strerror or error}). What was done so far is "
-            "kept; free some space or choose another folder with -o, and run again to go on."
-        ) from error
-
-
 class Table:
     """The growing table of one output folder."""
 
@@ -187,11 +180,12 @@ class Table:
         with writing_to(self.folder):
             if stamp.exists() and _read_stamp(stamp) != self.stamp:
                 raise OutputError(
-                    f"{self.folder} holds predictions made with another model, budget, crop, coverage "
-                    "or list of classes (see request.json there). Choose another folder with -o, or "
-                    "delete that one."
+                    f"{self.folder} holds predictions made with another model, engine, budget, crop, "
+                    "coverage, kind of sets, prior or list of classes (see request.json there). Choose "
+                    "another folder with -o, or delete that one."
                 )
-            _write_whole(stamp, json.dumps(self.stamp, indent=1) + "\n")
+            with whole(stamp) as part:
+                part.write_text(json.dumps(self.stamp, indent=1) + "\n")
             _cut_torn_line(self.part)
         found = [*_read_rows(self.folder / "predictions.csv"), *_read_rows(self.part)]
         return {(row["path"], row["sha256"]): row for row in found if row["flag"] != "unreadable"}
@@ -213,9 +207,8 @@ class Table:
         table = pa.Table.from_pylist(data, schema=schema(names))
         with writing_to(self.folder):
             for suffix, write in (("csv", pa_csv.write_csv), ("parquet", parquet.write_table)):
-                path = self.folder / f"predictions.{suffix}"
-                write(table, path.with_suffix(".tmp"))
-                path.with_suffix(".tmp").replace(path)
+                with whole(self.folder / f"predictions.{suffix}") as part:
+                    write(table, part)
             self.part.unlink(missing_ok=True)
 
 
@@ -228,11 +221,6 @@ def _read_stamp(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError:
         return None  # nothing that this program wrote
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.with_suffix(".tmp").write_text(text)
-    path.with_suffix(".tmp").replace(path)
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -60,9 +60,9 @@ class Waiting(Generic[T]):
         self.closed = False
 
     def next(self) -> tuple[int, T] | None:
-        """The next one; None when there are no more."""
+        """The next one; None when there are no more, or nobody listens any more."""
         with self._lock:
-            return next(self._left, None)
+            return None if self.closed else next(self._left, None)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Measurement:
                 else:
                     yield cell
         finally:
-            waiting.closed = True  # nobody listens any more: threads leave their cells
+            waiting.closed = True  # threads leave their cells after the round they are in
             for thread in threads:
                 thread.join()
 
