@@ -7,7 +7,8 @@ held against the exact log-likelihood ratio.
 import torch
 
 from cytodiffusion import GaussianWorld, log_evidence, stratified
-from cytodiffusion.classify.evidence import measure
+from cytodiffusion.classify.evidence import DenoiserMeter
+from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.transforms import POSES
 
 generator = torch.Generator().manual_seed(0)
@@ -17,7 +18,8 @@ images = world.sample(torch.tensor([0, 1, 0, 1]), generator)
 
 draws = stratified(levels=60, low=0.01, high=30.0, antithetic=True, poses=False)
 names = [str(i) for i in range(len(images))]
-errors = measure(world, images, names, draws, columns=3, poses=POSES)
+measurement = Measurement(draws, columns=3, poses=POSES)
+errors = measurement.measure(DenoiserMeter(world), images, names)
 evidence = log_evidence(errors[:, :, :2], draws.sigmas, pixels=images[0].numel())
 exact = world.log_density(images)
 

@@ -21,7 +21,9 @@ from torch import nn
 
 from cytodiffusion.classify.calibrate import out_of_fold
 from cytodiffusion.classify.draws import stratified
-from cytodiffusion.classify.fit import measure_in_parts, race_part
+from cytodiffusion.classify.evidence import DenoiserMeter
+from cytodiffusion.classify.fit import race_part
+from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import to_tensor
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.transforms import POSES
@@ -99,10 +101,8 @@ def run_variant(root: Path, name: str, minutes: float, folder: Path) -> dict[str
     together = settings.network.form == "heads"
     draws = stratified(6, 0.05, 4.0, frozen=True)
     began = time.process_time()
-    work = measure_in_parts(
-        run.denoiser("ema"), images, digests, draws, len(classes), POSES, together
-    )
-    errors = np.concatenate(list(work))[:, :, :-1]
+    measurement = Measurement(draws, len(classes) + 1, POSES, together=together)
+    errors = measurement.measure(DenoiserMeter(run.denoiser("ema")), images, digests)[:, :, :-1]
     spent = time.process_time() - began
     single = [(errors[:, t].argmin(1) == truth).mean() for t in range(len(draws))]
     return {
