@@ -342,7 +342,7 @@ def test_another_request_is_refused(
     before = contents(tmp_path)
     told = name(tiny, cells, tmp_path, *other)
     assert told.code == 2
-    assert "another model, budget, crop, coverage" in told.complaint
+    assert "another model, engine, budget, crop, coverage" in told.complaint
     assert contents(tmp_path) == before
 
 
@@ -373,7 +373,6 @@ def test_a_torn_last_line(
         name(tiny, folder, tmp_path / "out")
     part = tmp_path / "out" / PART
     *lines, last = part.read_bytes().splitlines(keepends=True)
-    assert last.startswith('"neutrophil/é'.encode()) or last.startswith(b"neutrophil/5")
     for torn in (last[:keep], '"neutrophil/é'.encode()[:-1]):
         part.write_bytes(b"".join(lines) + torn)
         with monkeypatch.context() as patch:
