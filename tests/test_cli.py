@@ -124,6 +124,8 @@ WRONG_PREDICT = {
     "no such budget": (["{cells}", "--budget", "cheap"], "no budget 'cheap'. It has: fast"),
     "coverage": (["{cells}", "--coverage", "1.5"], "Coverage must lie between 0 and 1"),
     "device": (["{cells}", "--device", "abacus"], "There is no device 'abacus'"),
+    "no number of a device": (["{cells}", "--device", "cpu:zz"], "There is no device 'cpu:zz'"),
+    "too high a number": (["{cells}", "--device", "cuda:99"], "There is no device 'cuda:99'"),
     "an unreadable kind": (["{pdf}"], "is not a data set that can be read"),
     "a broken archive": (["{zip}"], ""),
     "a broken manifest": (["{manifest}"], "names no image"),
@@ -137,6 +139,8 @@ WRONG_EVALUATE = {
     "no labels": (["{flat}"], "2 images have no label"),
     "no such split": (["{cells}", "--split", "test"], "no images in the split 'test'"),
     "no split file": (["{cells}", "--splits", "{none}"], "cannot be read"),
+    "no taxonomy": (["{cells}", "--taxonomy", "{none}"], "The taxonomy"),
+    "a taxonomy that is none": (["{cells}", "--taxonomy", "{manifest}"], "is wrong at"),
     "splits of another set": (["{flat}", "--splits", "{splits}"], "does not have"),
 }  # fmt: skip
 WRONG_TRAIN = {
@@ -157,6 +161,8 @@ WRONG_TRAIN = {
     "too few": (["{few}"], ""),
     "one held-out image of a class": (["{cells}", "--splits", "{thin}"], "neutrophil: 1"),
     "no split file": (["{cells}", "--splits", "{none}"], "cannot be read"),
+    "no taxonomy": (["{cells}", "--taxonomy", "{none}"], "The taxonomy"),
+    "a taxonomy that is none": (["{cells}", "--taxonomy", "{manifest}"], "is wrong at"),
 }  # fmt: skip
 WRONG = [
     *(pytest.param("predict", *case, id=f"predict-{name}") for name, case in WRONG_PREDICT.items()),
@@ -215,6 +221,7 @@ def test_a_wrong_call_writes_nothing(
         (["--train", "0", "--val", "0", "--test", "0"], "add up to 1"),
         (["--group", "moon"], "--group takes"),
         (["--group", "patient"], "patient"),
+        (["--taxonomy", "no/such.yaml"], "The taxonomy no/such.yaml cannot be read"),
     ],
     ids=str,
 )
@@ -285,6 +292,85 @@ def test_data_split(messy: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == first
     cli("data", "split", messy, "-o", out, "--seed", "1")
     assert out.read_bytes() != first
+
+
+MARTIANS = """classes:
+  - {name: martian, synonyms: [EOS, eosinophils]}
+  - {name: lymphocyte}
+"""
+
+
+def spelled(root: Path, folders: dict[str, str], each: int = 20) -> Path:
+    """ROOT/folder/00.png, ...: discs in the colour of a class, in a folder of any name."""
+    first = 0
+    for folder, name in folders.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(first, first + each):
+            (root / folder / f"{i:02}.png").write_bytes(png(disc(name, i)))
+        first += each
+    return root
+
+
+@pytest.fixture
+def two_spellings(tmp_path: Path) -> Path:
+    """Two classes in three folders."""
+    names = {"EOS": "eosinophil", "eosinophils": "eosinophil", "lymphocyte": "lymphocyte"}
+    return spelled(tmp_path / "in", names)
+
+
+def test_spellings_of_a_class_are_one_class(two_spellings: Path, tmp_path: Path) -> None:
+    told = cli("data", "check", two_spellings, "--tiny", "25", "--json").json
+    assert told["classes"] == {"eosinophil": 40, "lymphocyte": 20}
+    assert told["tiny_classes"] == {"lymphocyte": 20}
+    out = tmp_path / "splits.csv"
+    assert cli("data", "split", two_spellings, "-o", out).code == 0
+    assert {row["label"] for row in table(out)} == {"eosinophil", "lymphocyte"}
+
+
+def test_a_taxonomy_of_ones_own(two_spellings: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(MARTIANS)
+    mine = ["--taxonomy", tmp_path / "my.yaml"]
+    told = cli("data", "check", two_spellings, *mine, "--json").json
+    assert told["classes"] == {"lymphocyte": 20, "martian": 40}
+    out = tmp_path / "splits.csv"
+    cli("data", "split", two_spellings, "-o", out, *mine)
+    assert {row["label"] for row in table(out)} == {"lymphocyte", "martian"}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "one's own"])
+def test_train_on_two_spellings(
+    two_spellings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """What the bundle is to be made of; the calibration is left out."""
+    import cytodiffusion.cli.train as verb
+
+    seen: list[Any] = []
+    (tmp_path / "my.yaml").write_text(MARTIANS)
+    monkeypatch.setattr(verb, "write_bundle", lambda *words: seen.extend(words) or {})
+    words = ["train", two_spellings, "-o", tmp_path / "run", *TINY, "--set=steps=1"]
+    told = cli(*words, *(["--taxonomy", tmp_path / "my.yaml"] * own))
+    assert told.code == 0, told.err
+    run, held, labels = seen[0], seen[1], seen[5]
+    wanted = ("lymphocyte", "martian") if own else ("eosinophil", "lymphocyte")
+    assert run.data.classes == wanted
+    assert sorted(set(held.labels.tolist())) == [0, 1]
+    assert ("martian" in labels.classes) is own
+    assert {row["label"] for row in table(tmp_path / "run" / "splits.csv")} == set(wanted)
+
+
+def test_names_stay_on_their_line(tiny: Tiny, tmp_path: Path) -> None:
+    """A newline in a name forges no line, and an escape code does nothing to the terminal."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad\nNot read: \x1b[2J.png").write_text("no image")
+    (tmp_path / "in" / "good.png").write_bytes(png(disc("neutrophil", 1)))
+    shown = r"bad\nNot read: \x1b[2J.png"
+    told = cli("predict", tmp_path / "in", "-m", tiny.bundle, "-o", tmp_path / "out", *CPU)
+    assert f"Not read: {shown}: not an image in a known format" in told.err.splitlines()
+    assert "\x1b" not in told.err
+    assert f"  {shown}: not an image" in cli("data", "check", tmp_path / "in").out
+    told = cli("data", "check", tmp_path / "no\nsuch")
+    assert r"no\nsuch" in told.complaint
+    assert told.err.count("\n") == 1
 
 
 # --- predict -------------------------------------------------------------------------------------
@@ -441,6 +527,35 @@ def test_evaluate_takes_other_spellings(tiny: Tiny, tmp_path: Path) -> None:
     assert labels == set(CLASSES)
 
 
+def test_evaluate_with_a_taxonomy_of_ones_own(tiny: Tiny, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    (source / "neutrophil").rename(source / "martian")
+    entries = [*CLASSES[:2], "neutrophil, synonyms: [martian]"]
+    text = "classes:\n" + "".join(f"  - {{name: {entry}}}\n" for entry in entries)
+    (tmp_path / "my.yaml").write_text(text)
+    told = evaluate(tiny, source, tmp_path / "out", "--taxonomy", tmp_path / "my.yaml")
+    assert told.code == 0, told.err
+    labels = {row["label"] for row in table(tmp_path / "out" / "predictions.csv")}
+    assert labels == set(CLASSES)
+    assert f"--taxonomy {tmp_path / 'my.yaml'}" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_evaluate_where_no_image_can_be_read(tiny: Tiny, tmp_path: Path) -> None:
+    """As in predict: each is named, and what was found is written. Old measures go."""
+    (tmp_path / "in" / "neutrophil").mkdir(parents=True)
+    image = tmp_path / "in" / "neutrophil" / "0.png"
+    image.write_bytes(png(disc("neutrophil", 0)))
+    evaluate(tiny, tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "metrics.json").exists()
+    image.write_bytes(b"")
+    told = evaluate(tiny, tmp_path / "in", tmp_path / "out")
+    assert told.code == 1
+    assert "Not read: neutrophil/0.png: the file is empty" in told.err
+    assert "nothing to measure" in told.err
+    there = {"predictions.csv", "predictions.parquet", "report.html", "request.json"}
+    assert set(contents(tmp_path / "out")) == there
+
+
 def test_evaluate_names_the_labels_that_do_not_fit(tiny: Tiny, tmp_path: Path) -> None:
     """Beside images without a label: it is not their neighbours that are named."""
     source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
@@ -534,6 +649,36 @@ def test_train_names_what_it_cannot_read(tiny: Tiny, tmp_path: Path, monkeypatch
     told = cli("train", source, "-o", tmp_path / "run", "--splits", splits, *TINY, "--set=steps=1")
     assert told.code == 1, told.err
     assert f"Not read: {bad}: the file is empty" in told.err
+
+
+def test_a_helper_process_leaves_the_complaints_to_the_main_one(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends all processes when one of them fails: the bundle would not be written."""
+    from accelerate import Accelerator
+
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    splits = tiny.run / "splits.csv"
+    bad = next(row["path"] for row in table(splits) if row["split"] == "train")
+    (source / bad).write_bytes(b"")
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    told = cli("train", source, "-o", tmp_path / "run", "--splits", splits, *TINY, "--set=steps=1")
+    assert told.code == 0, told.err
+    assert "Not read" not in told.err
+
+
+@pytest.mark.parametrize("step", ["record", "plot_progress", "draw_samples"])
+def test_train_on_a_full_disk(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"cytodiffusion.train.record.{step}", full)
+    words = ["--splits", tiny.run / "splits.csv", *TINY, "--set=steps=1"]
+    told = cli("train", tiny.cells, "-o", tmp_path / "run", *words)
+    assert told.code == 2
+    assert "cannot be written to (No space left on device)" in told.complaint
 
 
 def test_train_without_git(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cytodiffusion.data.sample import Sample
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.errors import LabelError
 
@@ -42,6 +43,15 @@ TAXONOMY = Taxonomy.load()
 def test_pbc_prefixes(prefix: str, coarse: str) -> None:
     assert TAXONOMY.resolve(prefix, EIGHT) == coarse
     assert TAXONOMY.resolve(prefix.lower(), EIGHT) == coarse
+
+
+def test_samples_get_the_canonical_names() -> None:
+    labels = ["EOS", "eosinophils", "BNE", None, "martian"]
+    found = TAXONOMY.respell([Sample(str(i), label) for i, label in enumerate(labels)])
+    assert [s.label for s in found] == [
+        "eosinophil", "eosinophil", "band_neutrophil", None, "martian",
+    ]  # fmt: skip
+    assert [s.name for s in found] == list("01234")
 
 
 @pytest.mark.parametrize(

@@ -87,14 +87,18 @@ def class_index(label: str | None, classes: Sequence[str], taxonomy: Taxonomy) -
     if name is None:
         raise DataError(
             f"The label '{label}' is none of the classes {', '.join(classes)} and the taxonomy knows "
-            "no class above it that is. Rename it, or give a taxonomy that lists it."
+            "no class above it that is. Rename it, or give a taxonomy that lists it (--taxonomy)."
         )
     return list(classes).index(name)
 
 
-def class_names(samples: Sequence[Sample]) -> tuple[str, ...]:
-    """The labels of a data set, sorted. Raises DataError for fewer than two."""
-    names = tuple(sorted({sample.label for sample in samples if sample.label is not None}))
+def class_names(samples: Sequence[Sample], taxonomy: Taxonomy | None = None) -> tuple[str, ...]:
+    """The classes of a data set, sorted; spellings of one class count once.
+
+    Raises DataError for fewer than two.
+    """
+    spelled = (taxonomy or Taxonomy.load()).respell(samples)
+    names = tuple(sorted({sample.label for sample in spelled if sample.label is not None}))
     if len(names) < 2:
         raise DataError(
             f"Training needs at least two classes; found {len(names)}. Put each class in a folder "

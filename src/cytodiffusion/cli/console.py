@@ -56,6 +56,19 @@ Prior = Annotated[
         "file of class: share.",
     ),
 ]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        "--taxonomy", help="YAML file that says which labels are one class, instead of our own."
+    ),
+]
+
+
+def plain(text: str) -> str:
+    """Text that stays on its line: a name can hold newlines and codes that move the cursor."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 class Console:
@@ -73,7 +86,7 @@ class Console:
         if self.as_json:
             typer.echo(json.dumps({"note": text}), err=True)
         else:
-            typer.echo(text, err=True)
+            typer.echo(plain(text), err=True)
 
     def result(self, values: dict[str, Any], text: str) -> None:
         """The result: JSON or text, on standard output."""
@@ -130,13 +143,17 @@ def pick_device(name: str) -> str:
     """The device to use. Raises SettingsError where the one asked for is not there."""
     import torch
 
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.mps.is_available())}
     if name == "auto":
         return "cuda" if there["cuda"] else "cpu"
-    if not there.get(name.split(":")[0], False):
-        usable = ", ".join(device for device, found in there.items() if found)
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no name of a device at all
+        device = torch.device("meta")
+    if (device.index or 0) >= there.get(device.type, 0):
+        usable = ", ".join(kind for kind, count in there.items() if count)
         raise SettingsError(f"There is no device '{name}' here. Usable: auto, {usable}.")
-    return name
+    return name if device.type == "cuda" else device.type
 
 
 def read_prior(words: str, classes: Sequence[str]) -> tuple[float, ...] | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cytodiffusion.cli.console import Console, Device, Json, Seed
+from cytodiffusion.cli.console import Console, Device, Json, Labels, Seed, plain
 
 app = typer.Typer(help="Check and split data sets.", no_args_is_help=True, rich_markup_mode=None)
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="Images, in any form it reads.")]
@@ -18,6 +18,7 @@ Source = Annotated[Path, typer.Argument(metavar="DIR", help="Images, in any form
 def check(
     source: Source,
     tiny: Annotated[int, typer.Option(help="A class with fewer images is reported.")] = 10,
+    taxonomy: Labels = None,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -25,15 +26,16 @@ def check(
     """Find unreadable images, duplicates, one image under two labels, and tiny classes."""
     from cytodiffusion.data.check import check as check_samples
     from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.data.taxonomy import Taxonomy
 
     console = Console(json)
-    samples = read_dataset(source)
+    samples = Taxonomy.load(taxonomy).respell(read_dataset(source))
     found = check_samples(
         samples,
         tiny=tiny,
         progress=lambda done: console.progress("checking", done, len(samples), "images"),
     )
-    console.result(found.as_dict(), "\n".join(found.lines()))
+    console.result(found.as_dict(), "\n".join(map(plain, found.lines())))
     if found.unreadable:
         raise typer.Exit(1)
 
@@ -46,6 +48,7 @@ def split(
     val: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
     test: Annotated[float, typer.Option(min=0, max=1)] = 0.1,
     group: Annotated[str, typer.Option(help="auto, patient, slide or none.")] = "auto",
+    taxonomy: Labels = None,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -55,13 +58,13 @@ def split(
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.split import split as deal
     from cytodiffusion.data.split import write_split
+    from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import SettingsError
-    from cytodiffusion.predictions import writing_to
 
     if group not in ("auto", "patient", "slide", "none"):
         raise SettingsError(f"--group takes auto, patient, slide or none, not '{group}'.")
     console = Console(json)
-    samples = read_dataset(source)
+    samples = Taxonomy.load(taxonomy).respell(read_dataset(source))
     found = check_samples(
         samples,
         progress=lambda done: console.progress("comparing", done, len(samples), "images"),
@@ -77,8 +80,7 @@ def split(
         None if group == "none" else group,  # type: ignore[arg-type]
         found.duplicate_groups(),
     )
-    with writing_to(out.parent):
-        write_split(dealt.rows, out)
+    write_split(dealt.rows, out)
     counts = Counter(row.split for row in dealt)
     for name in sorted(bad):
         console.note(f"Not read, so in no split: {name}")

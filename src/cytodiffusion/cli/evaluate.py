@@ -16,6 +16,7 @@ from cytodiffusion.cli.console import (
     Crop,
     Device,
     Json,
+    Labels,
     ModelName,
     Out,
     Prior,
@@ -27,7 +28,11 @@ from cytodiffusion.cli.console import (
 )
 
 if TYPE_CHECKING:
-    pass
+    import numpy as np
+    from jaxtyping import Float
+
+    from cytodiffusion.bundle import Model
+    from cytodiffusion.predictions import Request
 
 
 def evaluate(
@@ -42,6 +47,7 @@ def evaluate(
     coverage: Coverage = 0.95,
     sets: Sets = "all",
     prior: Prior = "training",
+    taxonomy: Labels = None,
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -50,7 +56,9 @@ def evaluate(
     from cytodiffusion.bundle import load
     from cytodiffusion.cli.predict import finish, name_all, report
     from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
+    from cytodiffusion.files import write_file
     from cytodiffusion.predictions import Request
 
     console = Console(json)
@@ -60,7 +68,8 @@ def evaluate(
     names = [loaded.classes.names[loaded.classes.index(name)] for name in answers or loaded.classes]
     found = read_dataset(source, splits=splits, split=split)
     named = [sample for sample in found if sample.label is not None]
-    resolved = [loaded.taxonomy.resolve(str(sample.label), names) for sample in named]
+    labels = Taxonomy.load(taxonomy) if taxonomy else loaded.taxonomy
+    resolved = [labels.resolve(str(sample.label), names) for sample in named]
     strange = sorted(
         {str(s.label) for s, name in zip(named, resolved, strict=True) if name is None}
     )
@@ -68,46 +77,74 @@ def evaluate(
     if len(samples) < len(found) or strange:
         raise DataError(
             f"{len(found) - len(samples)} images have no label and these labels are none of the "
-            f"answers {', '.join(names)}: {', '.join(strange) or '-'}. Leave them out, or restrict "
-            "the images with --splits and --split."
+            f"answers {', '.join(names)}: {', '.join(strange) or '-'}. Leave them out, restrict the "
+            "images with --splits and --split, or say with --taxonomy which class they belong to."
         )
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
     request = Request(budget, crop, coverage, cast("Any", sets), shares, answers, workers=cores())
     rows = name_all(loaded, samples, request, out, console, labelled=True)
-    metrics = _metrics(rows, names, seed) | {
-        "budget": budget,
-        "cells_per_second": _speed(rows),
-        "model": loaded.name,
-        "weights_sha256": request.fingerprint(loaded)["weights"],
-        "seed": seed,
-    }
-    _write(out / "metrics.json", metrics)
-    split_words = f" --splits {splits}" * bool(splits) + f" --split {split}" * bool(split)
-    call = f"cytodiffusion evaluate {source} -m {model} -o {out} --budget {budget}{split_words}"
+    metrics = None
+    if any(row["flag"] != "unreadable" for row in rows):
+        metrics = _metrics(rows, names, seed, _limits(loaded, request, names)) | {
+            "budget": budget,
+            "cells_per_second": _speed(rows),
+            "model": loaded.name,
+            "weights_sha256": request.fingerprint(loaded)["weights"],
+            "seed": seed,
+        }
+        write_file(out / "metrics.json", _text(metrics), "the metrics")
+    else:
+        console.note("None of the images could be read, so there is nothing to measure.")
+        (out / "metrics.json").unlink(missing_ok=True)  # of images that were there before
+    more = {"--splits": splits, "--split": split, "--taxonomy": taxonomy}
+    words = "".join(f" {option} {value}" for option, value in more.items() if value)
+    call = f"cytodiffusion evaluate {source} -m {model} -o {out} --budget {budget}{words}"
     title = f"{loaded.name} on {source.name}{f', split {split}' if split else ''}"
     report(loaded, samples, rows, request, out, call, title, metrics)
-    finish(rows, out, console, metrics, _lines(metrics))
+    finish(rows, out, console, metrics, _lines(metrics) if metrics else ())
 
 
-def _metrics(rows: list[dict[str, Any]], names: list[str], seed: int) -> dict[str, Any]:
+def _limits(
+    model: Model, request: Request, names: list[str]
+) -> dict[tuple[str, float], Float[np.ndarray, " k"]]:
+    """Limits of the conformal sets of each kind at 90, 95 and 99 %, for the classes of `names`."""
+    from typing import get_args
+
+    import numpy as np
+
+    from cytodiffusion.classify.conformal import Sets as Kinds
+
+    columns = [model.classes.index(name) for name in names]
+    prior = None if request.prior is None else np.array(request.prior)
+    return {
+        (kind, asked): model.classifier.limits(request.budget, asked, sets=kind, prior=prior)[
+            columns
+        ]
+        for kind in get_args(Kinds)
+        for asked in (0.9, 0.95, 0.99)
+    }
+
+
+def _metrics(
+    rows: list[dict[str, Any]], names: list[str], seed: int,
+    limits: dict[tuple[str, float], Float[np.ndarray, " k"]],
+) -> dict[str, Any]:  # fmt: skip
     """The keys of metrics.json that can be read off the predictions."""
     import hashlib
 
     import numpy as np
 
-    from cytodiffusion.errors import DataError
-    from cytodiffusion.evaluate.metrics import summarise
+    from cytodiffusion.evaluate.metrics import coverage_table, summarise
 
     read = [row for row in rows if row["flag"] != "unreadable"]
-    if not read:
-        raise DataError("None of the images could be read, so there is nothing to measure.")
     truth = np.array([names.index(row["label"]) for row in read])
     probabilities = np.array([[float(row[f"prob_{name}"]) for name in names] for row in read])
     probabilities /= probabilities.sum(1, keepdims=True)
     sets = np.array([[name in (row["set"] or "").split("|") for name in names] for row in read])
     together = "".join(sorted(row["sha256"] for row in read)).encode()
     return summarise(truth, probabilities, names, sets, seed=seed) | {
+        "conformal": coverage_table(truth, probabilities, limits, names),
         "passes_per_cell": round(float(np.mean([row["passes"] for row in read])), 3),
         "data_sha256": hashlib.sha256(together).hexdigest(),
     }
@@ -119,14 +156,10 @@ def _speed(rows: list[dict[str, Any]]) -> float:
     return round(1000 * len(spent) / max(sum(spent), 1e-9), 2)
 
 
-def _write(path: Path, metrics: dict[str, Any]) -> None:
+def _text(metrics: dict[str, Any]) -> bytes:
     import json
 
-    from cytodiffusion.predictions import writing_to
-
-    with writing_to(path.parent):
-        path.with_suffix(".tmp").write_text(json.dumps(metrics, indent=1) + "\n")
-        path.with_suffix(".tmp").replace(path)
+    return (json.dumps(metrics, indent=1) + "\n").encode()
 
 
 def _lines(metrics: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import typer
 
 from cytodiffusion import __version__
 from cytodiffusion.cli import bench, data, demo, doctor, evaluate, models, predict, train
-from cytodiffusion.cli.console import NOTICE
+from cytodiffusion.cli.console import NOTICE, plain
 from cytodiffusion.errors import CytoDiffusionError
 
 app = typer.Typer(
@@ -56,7 +56,7 @@ def run() -> None:
     try:
         app()
     except CytoDiffusionError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {plain(str(error))}", err=True)
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # so typer ends after Ctrl-C

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.console import NOTICE, Console, Device, Json, cores, pick_device
+from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Labels, cores, pick_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cytodiffusion.data.sample import Sample
+    from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.release import Pixels
     from cytodiffusion.train.loop import Run
     from cytodiffusion.train.settings import TrainSettings
@@ -31,6 +32,7 @@ def train(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting.")
     ] = None,
+    taxonomy: Labels = None,
     json: Json = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides every random number.")] = None,
     device: Device = "auto",
@@ -39,18 +41,20 @@ def train(
 
     Killed and run again, it goes on from its last checkpoint and ends with the same weights.
     """
+    from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.train.settings import make_settings
 
     changes = [*(change or []), *([f"seed={seed}"] if seed is not None else [])]
     settings = make_settings(preset, changes)
-    pick_device(device)  # says now what is not there
+    device = device if device == "auto" else pick_device(device)
+    labels = Taxonomy.load(taxonomy)
     console = Console(json)
     console.note(NOTICE)
-    parts = split_samples(source, splits, out, settings.seed, console)
-    run, held = run_training(parts, out, settings, device, console)
+    parts = split_samples(source, splits, out, settings.seed, labels, console)
+    run, held = run_training(parts, out, settings, device, labels, console)
     if run is not None:
         origin = {"data": source.resolve().name, "preset": preset, "changes": changes}
-        result = write_bundle(run, held, out / "bundle", out.name, origin, console)
+        result = write_bundle(run, held, out / "bundle", out.name, origin, labels, console)
         console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
                                f"-m {out / 'bundle'} --splits {splits or out / 'splits.csv'} --split test "
                                f"-o {out / 'test'}")  # fmt: skip
@@ -59,7 +63,7 @@ def train(
 
 
 def split_samples(
-    source: Path, splits: Path | None, out: Path, seed: int, console: Console
+    source: Path, splits: Path | None, out: Path, seed: int, taxonomy: Taxonomy, console: Console
 ) -> dict[str, Sequence[Sample]]:
     """Samples of the splits train and val; a split file is made where none is given."""
     from dataclasses import replace
@@ -67,27 +71,26 @@ def split_samples(
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.split import Row, write_split
     from cytodiffusion.errors import DataError
-    from cytodiffusion.predictions import writing_to
 
-    samples = read_dataset(source, splits=splits)
+    samples = taxonomy.respell(read_dataset(source, splits=splits))
     labelled = [sample for sample in samples if sample.label is not None]
     if not labelled:
         raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
     made, path = False, out / "splits.csv"
     if all(sample.split is None for sample in labelled):
         made = not path.exists()
-        labelled = _deal(labelled, seed) if made else read_dataset(source, splits=path)
+        again = [] if made else read_dataset(source, splits=path)
+        labelled = _deal(labelled, seed) if made else taxonomy.respell(again)
     parts = {name: [s for s in labelled if s.split == name] for name in ("train", "val")}
     for name, found in parts.items():
         if not found:
             raise DataError(
                 f"The split '{name}' is empty. Training needs 'train', and 'val' to calibrate on."
             )
-    _check_classes(parts["train"], parts["val"])
+    _check_classes(parts["train"], parts["val"], taxonomy)
     if made:
         console.note("No split was given: made one (see splits.csv in the run folder).")
-        with writing_to(out):
-            write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
+        write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
     unlabelled = [replace(s, split="train") for s in samples if s.label is None]
     return {"train": [*parts["train"], *unlabelled], "val": parts["val"]}
 
@@ -105,15 +108,14 @@ def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
     return [replace(by_name[row.name], split=row.split) for row in rows]
 
 
-def _check_classes(train: Sequence[Sample], val: Sequence[Sample]) -> None:
+def _check_classes(train: Sequence[Sample], val: Sequence[Sample], taxonomy: Taxonomy) -> None:
     """Raises DataError where a class cannot be trained or calibrated: now, not after an hour."""
     from collections import Counter
 
-    from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
     from cytodiffusion.release import class_index, class_names
 
-    classes, taxonomy = class_names(train), Taxonomy.load()
+    classes = class_names(train, taxonomy)
     held = Counter(classes[class_index(sample.label, classes, taxonomy)] for sample in val)
     few = [f"{name}: {held[name]}" for name in classes if held[name] < 2]
     if few:
@@ -125,21 +127,28 @@ def _check_classes(train: Sequence[Sample], val: Sequence[Sample]) -> None:
 
 def run_training(
     parts: dict[str, Sequence[Sample]], out: Path, settings: TrainSettings, device: str,
-    console: Console,
+    taxonomy: Taxonomy, console: Console,
 ) -> tuple[Run | None, Pixels]:  # fmt: skip
     """Train to the end. The run is None in the helper processes of a run over several."""
-    from cytodiffusion.predictions import writing_to
-    from cytodiffusion.release import class_names, validator
+    from cytodiffusion.files import writing_to
+    from cytodiffusion.release import class_names, load_pixels, validator
     from cytodiffusion.train.loop import Run, TrainingSet, train
     from cytodiffusion.train.record import draw_samples, plot_progress, record
 
-    classes = class_names(parts["train"])
-    margin = settings.augmentation.margin
-    fitted = _load(parts["train"], classes, settings, margin, console, "reading train")
-    held = _load(parts["val"], classes, settings, 1.0, console, "reading val")
+    classes = class_names(parts["train"], taxonomy)
+    pixels = []
+    for name, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
+        work = load_pixels(
+            parts[name], classes, settings.preprocess, margin, cores(), taxonomy
+        )  # fmt: skip
+        pixels.append(console.follow(work, f"reading {name}", len(parts[name]), "images"))
+    fitted, held = pixels
     with writing_to(out):
         run = Run(out, settings, TrainingSet(fitted.images, fitted.labels, classes), device)
     main = run.accelerator.is_main_process
+    for problem in [*fitted.problems, *held.problems] * main:  # helpers leave it to this one
+        console.unread += 1
+        console.note(f"Not read: {problem}")
     validate = validator(held, len(classes), settings.network.form == "heads") if main else None
     before, began_at = run.step, run.step
     if before:
@@ -149,44 +158,30 @@ def run_training(
     for progress in train(run, validate=validate, validate_every=every):
         if not main:
             continue
-        record(run, progress)
+        with writing_to(out):
+            record(run, progress)
         console.progress("training", progress.step * settings.batch,
                          settings.steps * settings.batch, "images",
                          before=began_at * settings.batch)  # fmt: skip
         if progress.validation:
             told = ", ".join(f"{name} {value:.4f}" for name, value in progress.validation.items())
             console.note(f"step {progress.step:,}: validation {told}")
-            plot_progress(run)
-            draw_samples(run)
+            with writing_to(out):
+                plot_progress(run)
+                draw_samples(run)
     return (run if main else None), held
 
 
-def _load(
-    samples: Sequence[Sample], classes: Sequence[str], settings: TrainSettings, margin: float,
-    console: Console, stage: str,
-) -> Pixels:  # fmt: skip
-    from cytodiffusion.release import load_pixels
-
-    found = console.follow(
-        load_pixels(samples, classes, settings.preprocess, margin, workers=cores()),
-        stage, len(samples), "images",
-    )  # fmt: skip
-    console.unread += len(found.problems)
-    for problem in found.problems:
-        console.note(f"Not read: {problem}")
-    return found
-
-
 def write_bundle(
-    run: Run, held: Pixels, folder: Path, name: str, origin: dict[str, Any], console: Console
-) -> dict[str, Any]:
+    run: Run, held: Pixels, folder: Path, name: str, origin: dict[str, Any], taxonomy: Taxonomy,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
     """Calibrate the best weights on the held-out cells and write the bundle."""
     import torch
 
     from cytodiffusion.bundle import Parts, save_bundle
     from cytodiffusion.classify.evidence import DenoiserMeter
     from cytodiffusion.classify.fit import Plan, race_part
-    from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.release import calibrate, commit, make_card
     from cytodiffusion.types import Classes
 
@@ -213,7 +208,7 @@ def write_bundle(
         folder,
         Parts(
             name=name, denoiser=denoiser, classes=classes, preprocess=settings.preprocess,
-            budgets=calibrated.budgets, taxonomy=Taxonomy.load(), card=card, origin=origin, **notes,
+            budgets=calibrated.budgets, taxonomy=taxonomy, card=card, origin=origin, **notes,
         ),
     )  # fmt: skip
     return {"bundle": str(folder), "validation": calibrated.scores}

@@ -10,14 +10,15 @@ does not tell apart is counted with its parent:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import LabelError
 
 DEFAULT = Path(__file__).with_name("taxonomy.yaml")
@@ -81,6 +82,14 @@ class Taxonomy:
     def canonical(self, label: str) -> str | None:
         """The name of the class that a label spells, or None if no class is spelled so."""
         return self.names.get(key(label))
+
+    def respell(self, samples: Iterable[Sample]) -> list[Sample]:
+        """The samples with the canonical names of their labels; unknown labels stay as they are."""
+        return [
+            replace(sample, label=self.canonical(sample.label) or sample.label)
+            if sample.label is not None else sample
+            for sample in samples
+        ]  # fmt: skip
 
     def resolve(self, label: str, classes: Sequence[str]) -> str | None:
         """The one of `classes` that a label belongs to, or None.
