@@ -250,6 +250,17 @@ def test_coverage_where_classes_come_up_more_often():
     assert held_by(sets, truth[lots]).mean() == pytest.approx(0.9, abs=0.025)
 
 
+def test_restricted_answers_are_covered_as_often_as_asked():
+    """Two classes of three can come up: the third neither fills the sets nor sets their limits."""
+    bias = np.array([0.5, -0.5, 1.5])
+    (fit, known), (new, truth) = simulated(6000, 1, bias), simulated(6000, 2, bias)
+    ratio = np.array([1.0, 1.0, 0.0])
+    limits = thresholds(change_prior(fit, ratio), known, 0.9, ratio=ratio)
+    sets = lac_sets(change_prior(new, ratio), limits)[truth < 2]
+    assert held_by(sets, truth[truth < 2]).mean() == pytest.approx(0.9, abs=0.03)
+    assert not change_prior(new, ratio)[:, 2].any()
+
+
 def test_a_changed_prior_is_bayes_rule():
     """Changed to what the cells were drawn with, the probabilities are right again."""
     errors, _ = cells(50, WEIGHT, BIAS)

@@ -60,6 +60,15 @@ def test_readme_commands_exist():
                 assert re.search(rf"(^|[\s,]){word}\b", section), f"{name} has no {word}"
 
 
+def test_readme_numbers_are_those_of_the_card():
+    """What `recipes/pbc8.py --release` copied is still there, to the letter."""
+    if not (ZOO / "pbc8").exists():
+        pytest.skip("the model pbc8 is not in this checkout")
+    quoted = (ROOT / "README.md").read_text().split("<!-- from the card -->")[1]
+    card = (ZOO / "pbc8" / "card.md").read_text().split("## On the test split of PBC\n")[1]
+    assert quoted.split("<!-- until here -->")[0].strip() == card.split("\n## ")[0].strip()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Every relative link and every recipe that a page names is a file of the project."""

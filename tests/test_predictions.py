@@ -153,10 +153,10 @@ def test_small_probabilities_are_not_rounded_to_nothing(
     model: Model, cells: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A right class told 4e-7 costs 14.7 nats; told 0 it would cost as many as one cares to say."""
-    restrict = predictions._read
+    read = predictions._read
 
     def sharp(*words: object) -> Reading:
-        reading = restrict(*words)
+        reading = read(*words)
         told = np.tile([4.1234567e-7, 1e-3, 1 - 1e-3 - 4.1234567e-7], (len(reading.anomaly), 1))
         return dataclasses.replace(reading, probabilities=told)
 
@@ -214,7 +214,7 @@ def test_restricted_answers_are_rescaled(model: Model, cells: Path) -> None:
     for one, other in zip(whole, part, strict=True):
         sums = sum(one[f"prob_{name}"] for name in two)
         for name_ in two:
-            assert other[f"prob_{name_}"] == pytest.approx(one[f"prob_{name_}"] / sums, abs=2e-6)
+            assert other[f"prob_{name_}"] == pytest.approx(one[f"prob_{name_}"] / sums, rel=1e-5)
         assert "prob_lymphocyte" not in other
         assert set(other["set"].split("|")) <= set(two) | {""}
         assert other["anomaly"] == one["anomaly"]

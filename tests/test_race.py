@@ -15,8 +15,8 @@ from cytodiffusion.classify.race import (
     last_standing,
     paper_draws,
     paper_weight,
-    random_draws,
     standing,
+    sweeps,
     wealth,
     zeta,
 )
@@ -110,21 +110,15 @@ def test_a_class_that_has_left_stays_out():
 
 def wealth_by_hand(weighted: np.ndarray) -> list[float]:
     """The gambler's fortunes of one image, in plain loops."""
-    trials, classes = weighted.shape
-    fortunes = [1.0] * classes
-    gaps: list[list[float]] = [[] for _ in range(classes)]
-    for i in range(trials):
-        leader = int(np.argmin(weighted[:i].sum(0))) if i else None
+    sweeps, classes = weighted.shape
+    fortunes, gaps = [1.0] * classes, [[0.5] for _ in range(classes)]
+    for i in range(1, sweeps):
+        leader = int(np.argmin(weighted[:i].sum(0)))
         for k in range(classes):
-            past = np.array(gaps[k])
-            gap = (
-                0.0
-                if leader is None
-                else float(np.clip(weighted[i, k] - weighted[i, leader], -1, 1))
-            )
-            mean = past.sum() / (i + 1)
-            spread = (0.25 + ((past - mean) ** 2).sum()) / (i + 1)
-            fortunes[k] *= 1 + min(max(mean / (spread + mean**2), 0.0), 0.5) * gap
+            gap = float(np.clip(weighted[i, k] - weighted[i, leader], -1, 1))
+            mean = np.mean(gaps[k])
+            spread = (0.25 + np.sum((gaps[k] - mean) ** 2)) / (len(gaps[k]) + 1)
+            fortunes[k] *= 1 + min(max(mean / (spread + mean**2), 0.0), 0.9) * gap
             gaps[k].append(gap)
     return fortunes
 
@@ -146,34 +140,58 @@ def test_the_best_class_is_dropped_no_more_often_than_stated():
     assert gone.any()
 
 
+def race_of(count: int, levels: int = 4, weight: float = 1.0) -> BettingRace:
+    draws = sweeps(np.geomspace(0.1, 2.0, levels), count)
+    return BettingRace(draws, np.full(len(draws), weight), levels)
+
+
 def test_worse_classes_leave_and_the_best_is_left():
-    draws = random_draws(200, 0.1, 3.0)
-    race = BettingRace(draws, np.ones(200), alpha=0.05)
+    race = race_of(50, weight=0.25)
     errors = RNG.normal(0, 0.2, (50, 200, 4)) + np.array([0.3, 0, 0.4, -1.0])  # "any cell" is best
-    assert race(errors[:, :1]).all()
+    assert race(errors[:, :4]).all()
     alive = race(errors)
     assert alive[:, 1].mean() > 0.9
     assert not alive[:, [0, 2]].any()
+
+
+def test_classes_leave_only_when_a_sweep_is_whole():
+    race = race_of(50, weight=0.25)
+    errors = np.ones((1, 200, 4)) + np.array([0.5, 0, 0.5, 0])
+    left = [n for n in range(1, 201) if not race(errors[:, :n]).all()]
+    assert left
+    assert all(n % 4 == 0 for n in left)
+
+
+def test_levels_that_favour_another_class_make_no_one_leave():
+    """Class 1 is better at one level of a sweep and as much worse at another: on balance, a tie.
+
+    One list of levels serves all cells, so chance alone must not let a class leave.
+    """
+    race = race_of(40, levels=2, weight=0.5)
+    errors = np.ones((1, 80, 3))
+    errors[0, ::2, 1] += 1
+    errors[0, 1::2, 1] -= 1
+    assert race(errors)[0].all()
 
 
 def test_the_race_stops_when_one_class_is_left():
     means = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     world, truth = GaussianWorld(means, 0.2), torch.arange(3).repeat(4)
     images = world.sample(truth, torch.Generator().manual_seed(2))
-    draws = random_draws(80, 0.2, 1.0)
-    race = BettingRace(draws, np.full(80, 2.0))
-    measurement = Measurement(draws, 4, (POSES[0],) * 8, race)
+    race = race_of(20, weight=2.0)
+    measurement = Measurement(race.draws, 4, (POSES[0],) * 8, race)
     errors = measurement.measure(DenoiserMeter(world), images, [str(i) for i in range(12)])
     ran = (~np.isnan(errors[:, :, 0])).sum(1)
     assert (last_standing(errors[:, :, :-1], race.weights).argmin(1) == truth.numpy()).all()
     assert ran.max() < 40
 
 
-def test_random_draws_are_independent_levels():
-    draws = random_draws(4000, 0.1, 10.0, seed=3)
-    share = (np.log(draws.sigmas) - np.log(0.1)) / np.log(100)
-    assert stats.kstest(share, "uniform").pvalue > 0.01
-    assert len({trial.draw for trial in draws.trials}) == 4000
+def test_sweeps_take_fresh_noise_at_the_same_levels():
+    draws = sweeps(np.array([0.1, 0.5]), 3)
+    np.testing.assert_allclose(draws.sigmas, [0.1, 0.5] * 3)
+    assert [trial.draw for trial in draws.trials] == list(range(6))
+    assert [trial.pose for trial in draws.trials] == [0, 0, 1, 1, 2, 2]
+    assert not draws.frozen
 
 
 # --- scores --------------------------------------------------------------------------------------

@@ -39,13 +39,18 @@ def test_the_gate_finds_the_chance_again():
 
 
 def test_a_gate_never_prefers_a_small_gap():
-    logits = np.array([[0.0, 5.0], [0.0, 0.1], [4.0, 0.0], [0.2, 0.0]])
-    assert fit_gate(logits, np.array([False, True, False, True]))[1] == 0
+    logits = np.tile(np.array([[0.0, 15.0], [0.0, 0.1], [14.0, 0.0], [0.2, 0.0]]), (10, 1))
+    assert fit_gate(logits, np.tile([False, True], 20))[1] == 0
 
 
 def test_there_is_a_gate_where_all_agree():
     _, slope = fit_gate(np.array([[0.0, 5.0], [3.0, 0.0]]), np.array([True, True]))
     assert slope > 0
+
+
+def test_there_is_a_gate_where_none_agree():
+    logits = np.array([[0.0, 1.0], [3.0, 0.0]])
+    assert (chance_of_same(logits, fit_gate(logits, np.array([False, False]))) < 0.5).all()
 
 
 def test_cells_stop_at_the_first_depth_that_will_do():
@@ -100,7 +105,9 @@ def test_the_bound_holds_on_new_cells():
 def test_too_few_cells_allow_no_early_stop():
     """With 20 cells even no disagreement at all leaves a bound of 14 %."""
     chance, strange, same = exits(20, 0)
-    assert learn_threshold(chance, strange, same, 0.02)[0] == NEVER
+    threshold, said = learn_threshold(chance, strange, same, 0.02)
+    assert threshold == NEVER
+    assert (said.disagreed, said.bound, said.trials) == (0, 0.0, 2.0)
 
 
 # --- a sequence of trials, fitted and run ----------------------------------------------------------

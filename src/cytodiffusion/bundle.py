@@ -157,11 +157,12 @@ def _budget_to_json(budget: Budget) -> dict[str, Any]:
     temperature = budget.reader.temperature
     common = {"alpha": race.alpha, "seed": race.draws.seed, "temperature": temperature}
     if isinstance(race, BettingRace):
-        trials = [[t.sigma, t.draw, t.sign, t.pose] for t in race.draws.trials]
-        return {
-            "bets": common | {"trials": trials, "weights": _numbers(race.weights)},
-            "held": held,
+        bets = {
+            "trials": [[t.sigma, t.draw, t.sign, t.pose] for t in race.draws.trials],
+            "weights": _numbers(race.weights),
+            "sweep": race.sweep,
         }
+        return {"bets": common | bets, "held": held}
     rules = {"most": len(race.draws), "least": race.least, "every": race.every}
     return {"race": common | rules, "held": held}
 
@@ -194,7 +195,7 @@ def _budget_from_json(values: dict[str, Any], draws: Draws, depths: tuple[Depth,
     if "bets" in values:
         rules = values["bets"]
         draws = Draws(tuple(Trial(*trial) for trial in rules["trials"]), rules["seed"])
-        bets = BettingRace(draws, np.array(rules["weights"]), rules["alpha"])
+        bets = BettingRace(draws, np.array(rules["weights"]), rules["sweep"], rules["alpha"])
         return Budget(draws, RaceReader(bets.weights, rules["temperature"]), held, bets)
     sequence, said = Sequence(depths, values["threshold"]), values["agreement"]
     return Budget(draws, sequence, held, sequence, Agreement(**said) if said else None)

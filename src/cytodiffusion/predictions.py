@@ -115,10 +115,10 @@ def _taken(queue: Queue[Row]) -> list[Row]:
 def _read(model: Model, request: Request, errors: np.ndarray, digests: list[str]) -> Reading:
     table = model.classifier.table(errors, digests, request.budget)
     prior = None if request.prior is None else np.array(request.prior)
-    reading = model.classifier.read(
-        table, request.budget, request.coverage, sets=request.sets, prior=prior
-    )
-    return reading.restrict(request.answers) if request.answers else reading
+    return model.classifier.read(
+        table, request.budget, request.coverage, sets=request.sets, prior=prior,
+        answers=request.answers,
+    )  # fmt: skip
 
 
 def _rows(loaded: list[Loaded], reading: Reading, model: Model, spent: float) -> Iterator[Row]:

@@ -224,11 +224,11 @@ def make_card(
 def _trials(budget: Budget) -> str:
     """How many trials a cell runs, for the card."""
     if isinstance(budget.reader, RaceReader):
-        return "race"
+        return f"race, on {len(budget.held.truth)} cells, as many of each class"
     said = budget.agreement
     if said is None:
         return str(len(budget.draws))
-    return f"{said.trials:.2f} in the mean; answers differ from `full` in at most {said.bound:.2%}"
+    return f"{said.trials:.2f} in the mean; {said.allowed:.1%} may differ from `full`"
 
 
 def commit() -> str:

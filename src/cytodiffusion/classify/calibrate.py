@@ -53,8 +53,11 @@ class HeldOut:
 def change_prior(
     probabilities: Float[np.ndarray, "n k"], ratio: Float[np.ndarray, " k"]
 ) -> Float[np.ndarray, "n k"]:
-    """Probabilities where class k is `ratio[k]` times as frequent as in the fit (Bayes' rule)."""
-    moved = (probabilities * ratio).clip(1e-300)
+    """Probabilities where class k is `ratio[k]` times as frequent as in the fit (Bayes' rule).
+
+    A class with ratio 0 cannot come up.
+    """
+    moved = probabilities.clip(1e-300) * ratio
     return moved / moved.sum(1, keepdims=True)
 
 

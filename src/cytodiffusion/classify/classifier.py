@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -99,20 +99,6 @@ class Reading:
             for p, alone in zip(self.anomaly_p, single, strict=True)
         ]
 
-    def restrict(self, names: Sequence[str]) -> Reading:
-        """The same reading with only these classes to answer with; probabilities are rescaled.
-
-        Raises LabelError for a class that the model does not know.
-        """
-        chosen = [self.classes.index(name) for name in names]
-        kept = self.probabilities[:, chosen].clip(1e-300)
-        return replace(
-            self,
-            classes=Classes(tuple(names)),
-            probabilities=kept / kept.sum(1, keepdims=True),
-            sets=self.sets[:, chosen],
-        )
-
     def answers(self) -> list[Answer]:
         """One `Answer` for each cell."""
         names = np.array(self.classes.names)
@@ -194,22 +180,28 @@ class Classifier:
         *,
         sets: Sets = "all",
         prior: Float[np.ndarray, " k"] | None = None,
+        answers: Sequence[str] | None = None,
     ) -> Reading:
         """Answers from a measured, or saved and loaded, table.
 
         `prior`: how often each class comes up where the cells are from, any positive numbers;
-        without one, as often as among the calibration cells. When to stop was decided without it.
+        without one, as often as among the budget's calibration cells: as in training, or for the
+        races equally often. `answers`: the only classes that can come up. When to stop was decided
+        without either. Raises LabelError for a class that the model does not know, SettingsError
+        for a prior or a coverage that is none.
         """
         chosen, errors = self.budget(budget), table.errors
         ran = ~np.isnan(errors)
         fitted = chosen.reader.probabilities(errors)
         anomaly = chosen.reader.anomaly(errors, fitted)
-        probabilities = change_prior(fitted, self._ratio(prior, budget))
+        columns = self._columns(answers)
+        probabilities = change_prior(fitted, self._ratio(prior, answers, budget))[:, columns]
+        limits = self.limits(budget, coverage, sets=sets, prior=prior, answers=answers)
         trials = ran.any(2).sum(1)
         return Reading(
-            classes=self.classes,
+            classes=Classes(tuple(self.classes.names[k] for k in columns)),
             probabilities=probabilities,
-            sets=lac_sets(probabilities, self.limits(budget, coverage, sets=sets, prior=prior)),
+            sets=lac_sets(probabilities, limits),
             anomaly=anomaly,
             anomaly_p=chosen.held.p_value(anomaly),
             trials=trials,
@@ -223,22 +215,31 @@ class Classifier:
         *,
         sets: Sets = "all",
         prior: Float[np.ndarray, " k"] | None = None,
+        answers: Sequence[str] | None = None,
     ) -> Float[np.ndarray, " k"]:
-        """Largest 1 - p at which each class still belongs to a conformal set."""
-        held, ratio = self.budget(budget).held, self._ratio(prior, budget)
+        """Largest 1 - p at which each class, or each of `answers`, still belongs to a conformal set."""
+        held, ratio = self.budget(budget).held, self._ratio(prior, answers, budget)
         moved = change_prior(held.probabilities, ratio)
-        return thresholds(moved, held.truth, coverage, sets, ratio)
+        return thresholds(moved, held.truth, coverage, sets, ratio)[self._columns(answers)]
 
-    def _ratio(self, prior: Float[np.ndarray, " k"] | None, budget: str) -> Float[np.ndarray, " k"]:
-        """How much more often than in the fit each class comes up. Raises SettingsError."""
-        if prior is None:
-            return np.ones(len(self.classes))
-        if not (np.isfinite(prior).all() and (prior > 0).all()):
-            raise SettingsError(
-                "A prior needs a positive number for every class; for a class that cannot come up, "
-                "restrict the answers instead."
-            )
-        return prior / prior.sum() / self.budget(budget).held.prior
+    def _columns(self, answers: Sequence[str] | None) -> list[int]:
+        return [self.classes.index(name) for name in answers or self.classes]
+
+    def _ratio(
+        self, prior: Float[np.ndarray, " k"] | None, answers: Sequence[str] | None, budget: str
+    ) -> Float[np.ndarray, " k"]:
+        """How much more often than in the fit each class comes up; 0 for one that cannot."""
+        ratio = np.ones(len(self.classes))
+        if prior is not None:
+            if not (np.isfinite(prior).all() and (prior > 0).all()):
+                raise SettingsError(
+                    "A prior needs a positive number for every class; for a class that cannot come "
+                    "up, restrict the answers instead."
+                )
+            ratio = prior / prior.sum() / self.budget(budget).held.prior
+        possible = np.zeros(len(self.classes))
+        possible[self._columns(answers)] = 1
+        return ratio * possible
 
     def predict(self, images: Tensor | np.ndarray, budget: str = "balanced") -> np.ndarray:
         """Name of the most probable class of each image, (n,)."""

@@ -1,16 +1,18 @@
 """Sets of classes that hold the true one as often as was asked.
 
 LAC: on held-out cells the score of a cell is 1 - p(true class). With q the k-th smallest of n scores,
-k = ceil((n + 1) coverage), the set of a new cell is every class with 1 - p <= q. It holds the true
-class with probability at least `coverage`, over cells like the held-out ones; it can be empty where
-no class is plausible enough.
+k = ceil((n + 1) coverage), the set of a new cell is every class with 1 - p <= q. Over cells like the
+held-out ones it holds the true class with probability `coverage` or a little more; exactly so if the
+scores were exchangeable, while here those of held-out cells come from fits without them. A set can be
+empty where no class is plausible enough.
 
 By class: a q for each class, from its own held-out cells. Then each class is covered as often as was
 asked, rare ones too, and the sets are a little larger.
 
 Where classes come up more or less often than among the held-out cells, each of those cells counts by
 how much more often its class now comes up, w_k; a new cell of class k would add w_k. So q is the
-smallest score at which  sum of w over scores <= q  >=  coverage (sum of all w + w_k).
+smallest score at which  sum of w over scores <= q  >=  coverage (sum of all w + w_k). Where answers are
+restricted, the other classes have w = 0.
 
 Source: Sadinle, Lei and Wasserman 2019, Least Ambiguous Set-Valued Classifiers, arXiv 1609.00451;
 Podkopaev and Ramdas 2021, Distribution-free uncertainty quantification under label shift, 2103.03323.

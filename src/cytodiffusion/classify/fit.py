@@ -26,7 +26,7 @@ from cytodiffusion.classify.calibrate import (
 )
 from cytodiffusion.classify.classifier import Budget, RaceReader
 from cytodiffusion.classify.draws import Draws, stratified
-from cytodiffusion.classify.race import BettingRace, PaperRace, random_draws
+from cytodiffusion.classify.race import BettingRace, PaperRace, sweeps
 from cytodiffusion.classify.sequential import (
     Depth,
     Sequence,
@@ -36,7 +36,7 @@ from cytodiffusion.classify.sequential import (
     learn_threshold,
 )
 
-CLIP = 3.0  # spreads between classes at which a bet is clipped
+CLIP = 8.0  # nats: the largest gap that a bet is on
 # Share of cells whose answer may differ from that of all trials; None: every cell runs them all.
 ALLOWED: dict[str, float | None] = {"fast": 0.02, "balanced": 0.005, "full": None}
 
@@ -49,6 +49,7 @@ class Plan:
     low: float = 0.04  # lowest noise level, image units
     high: float = 6.0  # highest
     trials: int = 8  # of a cell, at most, placed by greedy search
+    sweep: int = 2  # noise levels of the betting race
     race_cells: int = 160  # held-out cells for the races
     race_trials: int = 200  # most trials of a race while it is fitted, and of the betting race
     paper_most: int = 2000  # most trials of the paper's race in use
@@ -81,23 +82,23 @@ def fit_sequence(
     depths, anomaly = [], []
     for n in counts:
         probabilities = softmax(logits[n - 1], axis=1)
-        strangers, strange = fit_anomaly(errors[:, :n], truth, probabilities)
+        model, scores = fit_anomaly(errors[:, :n], truth, probabilities)
         gate = fit_gate(logits[n - 1], same[:, n - 1])
-        depths.append(Depth(fit_prefix(errors[:, :n, :-1], truth), gate, strangers))
-        anomaly.append(strange)
+        depths.append(Depth(fit_prefix(errors[:, :n, :-1], truth), gate, model))
+        anomaly.append(scores)
     chance = np.stack(
         [chance_of_same(x, depth.gate) for x, depth in zip(logits, depths, strict=True)], axis=1
     )
-    beyond = np.stack(
+    strange = np.stack(
         [x > depth.anomalies.limit for x, depth in zip(anomaly, depths, strict=True)], axis=1
     )
     budgets = {}
     for name, allowed in ALLOWED.items():
         reader, agreement = Sequence(tuple(depths)), None
         if allowed is not None:
-            threshold, agreement = learn_threshold(chance, beyond, same, allowed)
+            threshold, agreement = learn_threshold(chance, strange, same, allowed)
             reader = replace(reader, threshold=threshold)
-        last = depths_reached(chance, beyond, reader.threshold) - 1
+        last = depths_reached(chance, strange, reader.threshold) - 1
         rows = np.arange(len(truth))
         held = HeldOut(
             truth, softmax(np.stack(logits)[last, rows], axis=1), np.stack(anomaly)[last, rows]
@@ -116,16 +117,16 @@ def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np
 
 
 def betting_race(sequence: Budget, plan: Plan) -> BettingRace:
-    """A race over the noise levels of a fitted sequence, weighted by how far classes lie apart there.
+    """A race over the first noise levels of a fitted sequence, with the weights learned for them.
 
-    The spread between classes is interpolated, in logarithms, between the levels of the sequence.
+    A sweep's gap is then a difference of log-probabilities; bets are clipped at `CLIP` nats.
     """
     assert isinstance(sequence.reader, Sequence)
-    sigmas, spread = sequence.draws.sigmas, sequence.reader.depths[-1].posterior.scale
-    order = np.argsort(sigmas)
-    draws = random_draws(plan.race_trials, float(sigmas.min()), float(sigmas.max()), plan.seed)
-    at = np.interp(np.log(draws.sigmas), np.log(sigmas[order]), np.log(spread[order]))
-    return BettingRace(draws, np.exp(-at) / CLIP)
+    count = min(plan.sweep, len(sequence.draws))
+    learned = sequence.reader.depths[count - 1].posterior
+    draws = sweeps(sequence.draws.sigmas[:count], plan.race_trials // count, plan.seed)
+    weights = np.tile(learned.weight / learned.scale / CLIP, plan.race_trials // count)
+    return BettingRace(draws, weights, count)
 
 
 def fit_race(

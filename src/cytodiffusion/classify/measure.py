@@ -12,9 +12,10 @@ computed for a cell does not depend, to the bit, on the cells that happen to be 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
-from queue import Queue
+from queue import Empty, Queue
 from threading import Lock, Thread
 from typing import Generic, TypeVar
 
@@ -99,7 +100,7 @@ class Measurement:
         if workers == 1:
             yield from self._run(meter, waiting, prepare)
             return
-        done: Queue[Done | BaseException | None] = Queue()
+        done: Queue[Done | BaseException | None] = Queue(POOL * self.batch)
 
         def work() -> None:
             try:
@@ -123,8 +124,9 @@ class Measurement:
                     yield cell
         finally:
             waiting.closed = True  # threads leave their cells after the round they are in
-            for thread in threads:
-                thread.join()
+            while any(thread.is_alive() for thread in threads):
+                with suppress(Empty):
+                    done.get(timeout=0.05)
 
     def _run(
         self, meter: Meter, waiting: Waiting[T], prepare: Callable[[T], tuple[Tensor, str] | None]

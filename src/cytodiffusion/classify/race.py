@@ -10,14 +10,15 @@ number of trials, every few trials, each class is compared with the leader by a 
 t-test over trials and leaves if p < alpha. The race ends with one class, or at the most trials. The
 tests are repeated and uncorrected: how often they drop the best class is not bounded.
 
-**The betting race.** A gambler bets against every class k: that it does worse than the class j_i
-that leads by the trials before i,
+**The betting race.** Trials come in sweeps over a few noise levels, with fresh noise. In sweep i a
+gambler bets against every class k: that it does worse than the class j that leads by the sweeps before,
 
-    d_i = e_k - e_j, clipped to [-1, 1],      W_k = product over i of (1 + l_i d_i),     0 <= l_i <= 1/2
+    d_i = sum over the sweep of w (e_k - e_j), clipped to [-1, 1],    W_k = product of (1 + l_i d_i)
 
-with l_i from the trials before i. If k has the lowest mean error, no bet has a gain in the mean and
-W_k is a supermartingale: the chance that it ever reaches 1/alpha is at most alpha (Ville). So classes
-may be checked after every trial, and the best one is dropped with a chance of at most alpha.
+with l_i in [0, 0.9] from the sweeps before i. If no class has a lower mean than k, by gaps clipped so,
+no bet has a gain in the mean and W_k is a supermartingale: the chance that it ever reaches 1/alpha is at
+most alpha (Ville). So classes may be looked at after every sweep, and the best one is dropped with a
+chance of at most alpha, whatever the noise levels.
 
 Source: Deltadahl et al. 2025, Deep Generative Classification of Blood Cell Morphology,
 arXiv 2408.08982; Waudby-Smith and Ramdas 2020, Estimating means of bounded random variables by
@@ -101,43 +102,55 @@ def paper_weight(sigmas: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
 
 @dataclass(frozen=True)
 class BettingRace:
-    """A race that may be looked at after every trial, as a policy of `measure.Measurement`."""
+    """A race that may be looked at after every sweep, as a policy of `measure.Measurement`."""
 
     draws: Draws
-    weights: Float[np.ndarray, " t"]  # such that gaps between classes are mostly within [-1, 1]
-    alpha: float = 0.05  # largest chance of dropping the class of the lowest mean error
+    weights: Float[np.ndarray, " t"]  # such that most gaps of a sweep lie within [-1, 1]
+    sweep: int  # trials in a sweep
+    alpha: float = 0.05  # largest chance of dropping the class that does best
 
     def __call__(self, errors: Float[np.ndarray, "n t k1"]) -> Bool[np.ndarray, "n k"]:
         """Which classes stay in. The last column, "any cell", takes no part."""
         trials, errors = errors.shape[1], errors[:, :, :-1]
         alive = ~np.isnan(errors[:, -1])
-        return alive & (wealth(errors * self.weights[:trials, None]) < 1 / self.alpha)
+        if trials % self.sweep:
+            return alive
+        weighted = errors * self.weights[:trials, None]
+        sweeps = weighted.reshape(len(errors), -1, self.sweep, errors.shape[2]).sum(2)
+        return alive & (wealth(sweeps) < 1 / self.alpha)
 
 
-def wealth(weighted: Float[np.ndarray, "n t k"], cap: float = 0.5) -> Float[np.ndarray, "n k"]:
-    """W_k after all these trials, from weighted errors; NaN where a class has left."""
-    n, trials, _ = weighted.shape
+def wealth(weighted: Float[np.ndarray, "n s k"], cap: float = 0.9) -> Float[np.ndarray, "n k"]:
+    """W_k after all these sweeps, from weighted errors; NaN where a class has left.
+
+    Bets begin as if one gap of 1/2 had been seen.
+    """
+    n, sweeps, _ = weighted.shape
     total = np.zeros_like(weighted[:, 0], dtype=np.float64)
-    sums, squares, wealths = (np.zeros_like(total) for _ in range(3))
-    for i in range(trials):
+    sums, squares, wealths = total + 0.5, total + 0.25, total.copy()
+    for i in range(sweeps):
         now = weighted[:, i]
         leader = np.where(np.isnan(now), np.inf, total).argmin(1)
         gaps = (now - now[np.arange(n), leader][:, None]).clip(-1, 1) if i else 0 * now
-        mean, count = sums / (i + 1), i + 1
-        spread = (0.25 + squares - 2 * mean * sums + i * mean**2) / count
+        seen = max(i, 1)  # the first sweep has no leader, and so no gap
+        mean = sums / seen
+        spread = (0.25 + squares - seen * mean**2) / (seen + 1)
         bet = (mean / (spread + mean**2)).clip(0, cap)
         wealths += np.log1p(bet * gaps)
-        sums, squares, total = sums + gaps, squares + gaps**2, total + now
+        total = total + now
+        if i:
+            sums, squares = sums + gaps, squares + gaps**2
     return np.exp(wealths)
 
 
-def random_draws(trials: int, low: float, high: float, seed: int = 0) -> Draws:
-    """Independent trials: ln sigma uniform between low and high, fresh noise for every image."""
-    rng = np.random.default_rng(seed)
-    sigmas = np.exp(rng.uniform(np.log(low), np.log(high), trials)).tolist()
-    poses = rng.integers(POSES, size=trials).tolist()
-    every = [Trial(sigmas[i], i, 1, poses[i]) for i in range(trials)]
-    return Draws(tuple(every), seed)
+def sweeps(levels: Float[np.ndarray, " l"], count: int, seed: int = 0) -> Draws:
+    """`count` sweeps over these noise levels: fresh noise for every image, poses in turn."""
+    trials = tuple(
+        Trial(float(sigma), i * len(levels) + j, 1, i % POSES)
+        for i in range(count)
+        for j, sigma in enumerate(levels)
+    )
+    return Draws(trials, seed)
 
 
 def standing(errors: Float[np.ndarray, "n t k"], weights: np.ndarray) -> Float[np.ndarray, "n k"]:

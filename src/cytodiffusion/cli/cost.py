@@ -67,11 +67,12 @@ def cost(
     rows: list[dict[str, Any]] = []
     for each in models:
         rows += _measure(each, names, samples, classes, crop, out, seed, console)
-    words = ["cytodiffusion", "bench", "cost", source, "-o", out]
+    words: list[object] = ["cytodiffusion", "bench", "cost", source, "-o", out]
     words += [part for name in model or ["pbc8"] for part in ("-m", name)]
-    words += ["--procedures", procedures, "--seed", seed]
-    words += ["--limit", limit] * bool(limit) + ["--splits", splits] * bool(splits)
-    call = shlex.join(map(str, [*words, *(["--split", split] * bool(split))]))
+    given = {"--splits": splits, "--split": split, "--limit": limit, "--crop": crop}
+    words += [part for pair in given.items() if pair[1] is not None for part in pair]
+    words += ["--procedures", procedures, "--seed", seed, "--device", device]
+    call = shlex.join(map(str, words))
     facts = {"command": call, "seed": seed, "cores": cores(), **_origin(models)}
     values = {"procedures": rows, **facts}
     write_file(out / "results.json", _text(values), "the results")
@@ -133,26 +134,32 @@ def _measure(
     """A row for each procedure; compared with the model's own `paper` where that was run."""
     import torch
 
-    from cytodiffusion.evaluate.cost import compare, procedure, row
+    from cytodiffusion.evaluate.cost import compare, procedure, race_row, row
 
     torch.set_num_threads(1)  # one for each worker
     found: dict[str, Measured] = {}
     for name in names:
         found[name] = _one(model, name, samples, classes, crop, out, console)
     console.unread += len(samples) - len(found[names[0]].truth)
+    full = model.classifier.budget("full").reader
     form = "heads" if model.classifier.together else "conditional"
     rows = []
     for name, measured in found.items():
         measurement, budget = procedure(model.classifier, name)
         told = row(measured, budget, name, measurement.together, seed)
+        told |= race_row(measured, budget, found.get("full"), full)
         if name != "paper" and "paper" in found:
             reference = procedure(model.classifier, "paper")[1]
             told |= compare(measured, budget, found["paper"], reference, seed)
         rows.append({"model": model.name, "form": form, **told})
+    spent = {each["name"]: each["passes_per_cell"] for each in rows}
     for each in rows:
-        if "paper" in found:
-            paper = next(r for r in rows if r["name"] == "paper")
-            each["passes_of_paper"] = paper["passes_per_cell"] / each["passes_per_cell"]
+        for name, key in (
+            ("paper", "passes_of_paper"),
+            ("paper in one pass", "passes_of_one_pass"),
+        ):
+            if name in spent:
+                each[key] = spent[name] / each["passes_per_cell"]
     return rows
 
 
@@ -167,11 +174,13 @@ def _one(
 
     from cytodiffusion.evaluate.cost import Measured, run
     from cytodiffusion.files import writing_to
+    from cytodiffusion.release import commit
 
     preprocess = model.preprocess.model_copy(update={"crop": crop}) if crop else model.preprocess
-    checksums = (model.folder / "checksums.json").read_bytes()
-    cells = "".join(sample.name for sample in samples).encode()
-    key = hashlib.sha256(checksums + cells + repr(preprocess).encode()).hexdigest()[:12]
+    checksums = (model.folder / "checksums.json").read_text()
+    cells = [(sample.name, _sha256(sample)) for sample in samples]
+    about = (checksums, cells, list(classes), preprocess, model.engine, cores(), commit())
+    key = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
     path = out / "measured" / f"{model.name}-{name.replace(' ', '-')}-{key}.npz"
     if path.exists():
         console.note(f"{model.name}, {name}: measured before, see {path}.")
@@ -183,11 +192,23 @@ def _one(
     return measured
 
 
+def _sha256(sample: Sample) -> str:
+    """Of the file; empty where it cannot be read."""
+    import hashlib
+
+    from cytodiffusion.errors import UnreadableImage
+
+    try:
+        return hashlib.sha256(sample.read()).hexdigest()
+    except UnreadableImage:
+        return ""
+
+
 def _origin(models: Sequence[Model]) -> dict[str, Any]:
     from cytodiffusion.release import commit
 
     weights = {model.name: model.weights_sha256[:12] for model in models}
-    return {"weights": weights, "commit": commit()}
+    return {"weights": weights, "engine": models[0].engine, "commit": commit()}
 
 
 def _text(values: dict[str, Any]) -> bytes:
@@ -197,7 +218,7 @@ def _text(values: dict[str, Any]) -> bytes:
 
 
 def _heading() -> str:
-    names = ("balanced acc.", "passes", "cells/s", "paper/this")
+    names = ("balanced acc.", "passes", "cells/s", "paper's are")
     return f"{'model':<16}{'procedure':<18}{names[0]:>14}{names[1]:>10}{names[2]:>10}{names[3]:>12}"
 
 

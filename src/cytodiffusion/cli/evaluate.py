@@ -115,12 +115,11 @@ def _limits(
 
     from cytodiffusion.classify.conformal import Sets as Kinds
 
-    columns = [model.classes.index(name) for name in names]
     prior = None if request.prior is None else np.array(request.prior)
     return {
-        (kind, asked): model.classifier.limits(request.budget, asked, sets=kind, prior=prior)[
-            columns
-        ]
+        (kind, asked): model.classifier.limits(
+            request.budget, asked, sets=kind, prior=prior, answers=names
+        )
         for kind in get_args(Kinds)
         for asked in (0.9, 0.95, 0.99)
     }

@@ -10,8 +10,9 @@ ran. A network with a head for each class can give the errors of all classes in 
 one pass` is the same procedure so. What lies between the two is the gain of the heads, and what lies
 between it and ours the gain of our procedure.
 
-Two things differ from the paper, since the networks here work on pixels: errors are taken over the
-whole image instead of a disc of latents, and a turned image repeats its outermost pixels.
+What differs from the paper, since the networks here work on pixels: errors are taken over the whole
+image instead of a disc of latents, and a turned image repeats its outermost pixels; its weights were
+fitted to latents of unit variance. The view of a trial is the same for every image.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from markupsafe import Markup
 from torch import Tensor
 
-from cytodiffusion.classify.classifier import Budget, Classifier
+from cytodiffusion.classify.classifier import Budget, Classifier, Reader
 from cytodiffusion.classify.draws import Draws
 from cytodiffusion.classify.measure import Measurement, Policy
 from cytodiffusion.classify.race import BettingRace, PaperRace
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import load_one
 from cytodiffusion.data.sample import Sample
+from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, percentiles
 from cytodiffusion.evaluate.metrics import balanced_accuracy
 from cytodiffusion.evaluate.report import fill
@@ -145,7 +147,6 @@ def row(
         "cells_per_second": cells_per_second,
         "passes_to_95": reached["passes"],
         "seconds_to_95": reached["passes"] / (spent[:, -1].mean() * cells_per_second),
-        **_race(measured, budget),
         "curve": curve,
     }
 
@@ -170,31 +171,47 @@ def _curve(
     return found
 
 
-def _race(measured: Measured, budget: Budget) -> dict[str, Any]:
-    """How often a race drops the true class, beside what it is allowed; nothing for no race."""
+def race_row(
+    measured: Measured, budget: Budget, full: Measured | None, reader: Reader
+) -> dict[str, Any]:
+    """How often a race drops the true class, and the class that `full` names; nothing for no race."""
     race = budget.policy
     if not isinstance(race, PaperRace | BettingRace):
         return {}
-    bound = race.alpha if isinstance(race, BettingRace) else None
-    return {"true_class_dropped": dropped(measured, race), "drop_bound": bound}
+    told = _share("true_class_dropped", dropped(measured, race, measured.truth))
+    if full is not None:
+        named = reader.probabilities(full.errors).argmax(1)
+        told |= _share("full_answer_dropped", dropped(measured, race, named))
+    return told | {"drop_bound": race.alpha if isinstance(race, BettingRace) else None}
 
 
-def dropped(measured: Measured, policy: Policy) -> float:
-    """Share of cells whose true class a race has dropped by the end."""
+def _share(name: str, happened: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+    events, n = int(happened.sum()), len(happened)
+    return {name: events / n, f"{name}_ci95": list(binomial_interval(events, n))}
+
+
+def dropped(
+    measured: Measured, policy: Policy, which: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Whether a race has dropped class `which` of each cell by the end."""
     ran = (~np.isnan(measured.errors)).any(2).sum(1)
     gone = np.zeros(len(measured.truth), dtype=bool)
     for count in np.unique(ran):
         rows = np.flatnonzero(ran == count)
-        gone[rows] = ~policy(measured.errors[rows, :count])[
-            np.arange(len(rows)), measured.truth[rows]
-        ]
-    return float(gone.mean())
+        still = policy(measured.errors[rows, :count])
+        gone[rows] = ~still[np.arange(len(rows)), which[rows]]
+    return gone
 
 
 def compare(
     ours: Measured, budget: Budget, theirs: Measured, other: Budget, seed: int = 0
 ) -> dict[str, Any]:
-    """Balanced accuracy of ours less theirs on the same cells, with its paired 95 % interval."""
+    """Balanced accuracy of ours less theirs on the same cells, with its paired 95 % interval.
+
+    Raises DataError where the cells are not the same.
+    """
+    if ours.digests != theirs.digests:
+        raise DataError("Two procedures have measured different images. Choose another folder.")
     right = {
         name: each.reader.probabilities(m.errors).argmax(1) == m.truth
         for name, m, each in (("ours", ours, budget), ("theirs", theirs, other))

@@ -1,8 +1,8 @@
 """The paper's test-time augmentation: trial i shows every image in a view of its own.
 
 A view is colour jitter (brightness, contrast and saturation by up to a quarter, hue by up to an
-eighth of a turn), flips, and a turn by any angle. As its code was shipped, RandAugment went before
-it: two random operations of magnitude 9 of 30 (Cubuk et al. 2019, arXiv 1909.13719).
+eighth of a turn), flips, and a turn by any angle. As its code was shipped, RandAugment followed the
+jitter: two random operations of magnitude 9 of 30 (Cubuk et al. 2019, arXiv 1909.13719).
 
 Source: Deltadahl et al. 2025, arXiv 2408.08982, and its published code.
 """
@@ -65,13 +65,13 @@ class PaperView:
 
     def __call__(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         rng = np.random.default_rng((self.seed, self.trial))
-        images = _rand_augment(images, rng) if self.shipped else images
         brightness, contrast, saturation = rng.uniform(0.75, 1.25, 3)
         light = (images + 1) / 2 * brightness
         light = _blend(light, _grey(light).mean((2, 3), keepdim=True), contrast)
         light = _blend(light, _grey(light), saturation)
         hue = torch.full((len(images),), float(rng.uniform(-0.125, 0.125))).to(images)
         images = turn_hue(2 * light - 1, hue).clamp(-1, 1)
+        images = _rand_augment(images, rng) if self.shipped else images
         flips = [axis for axis in (-1, -2) if rng.random() < 0.5]
         angle = rng.uniform(0, 2 * math.pi)
         turn = [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
