@@ -32,6 +32,10 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is writt
 Budget = Annotated[
     str, typer.Option("--budget", help="Work for each cell: fast, balanced, full or paper.")
 ]
+Engine = Annotated[
+    str,
+    typer.Option("--engine", help="What runs the network: auto, torch, onnxruntime, openvino, ..."),
+]
 Crop = Annotated[
     float | None,
     typer.Option(

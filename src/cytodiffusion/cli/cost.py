@@ -14,6 +14,7 @@ from cytodiffusion.cli.console import (
     Console,
     Crop,
     Device,
+    Engine,
     Json,
     Out,
     Seed,
@@ -46,6 +47,7 @@ def cost(
         ),
     ] = "paper,paper in one pass,full,balanced,fast,race",
     crop: Crop = None,
+    engine: Engine = "auto",
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -60,7 +62,7 @@ def cost(
     from cytodiffusion.files import write_file
 
     console = Console(json)
-    models = [load(name, pick_device(device)) for name in model or ["pbc8"]]
+    models = [load(name, pick_device(device), engine) for name in model or ["pbc8"]]
     names = _procedures(procedures, models)
     console.note(NOTICE)
     samples, classes = _samples(source, splits, split, models, limit, seed)
@@ -71,7 +73,7 @@ def cost(
     words += [part for name in model or ["pbc8"] for part in ("-m", name)]
     given = {"--splits": splits, "--split": split, "--limit": limit, "--crop": crop}
     words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    words += ["--procedures", procedures, "--seed", seed, "--device", device]
+    words += ["--procedures", procedures, "--seed", seed, "--device", device, "--engine", engine]
     call = shlex.join(map(str, words))
     facts = {"command": call, "seed": seed, "cores": cores(), **_origin(models)}
     values = {"procedures": rows, **facts}

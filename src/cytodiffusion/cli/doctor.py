@@ -22,7 +22,8 @@ class Finding(NamedTuple):
 
 def doctor(json: Json = False, seed: Seed = 0, device: Device = "auto") -> None:
     """Check Python, the libraries, the device and the shipped models."""
-    found = [_python(), *_libraries(), _torchvision(), _device(device), *_models(device)]
+    found = [_python(), *_libraries(), _torchvision(), _device(device), _engine()]
+    found += _models(device)
     lines = [f"{'ok ' if f.good else 'BAD'}  {f.what}: {f.told}" for f in found]
     lines += [f"     -> {f.advice}" for f in found if not f.good]
     values = {f.what: {"good": f.good, "told": f.told, "advice": f.advice} for f in found}
@@ -80,6 +81,14 @@ def _device(asked: str) -> Finding:
     if torch.cuda.is_available():
         told += f"; cuda: {torch.cuda.get_device_name()}"
     return Finding("device", True, told)
+
+
+def _engine() -> Finding:
+    from cytodiffusion.engines.engine import best_engine
+
+    name = best_engine()
+    quicker = " (pip install 'cytodiffusion[onnx]' for a quicker one)" if name == "torch" else ""
+    return Finding("engine on the processor", True, name + quicker)
 
 
 def _models(device: str) -> list[Finding]:

@@ -15,6 +15,7 @@ from cytodiffusion.cli.console import (
     Coverage,
     Crop,
     Device,
+    Engine,
     Json,
     Labels,
     ModelName,
@@ -47,6 +48,7 @@ def evaluate(
     coverage: Coverage = 0.95,
     sets: Sets = "all",
     prior: Prior = "training",
+    engine: Engine = "auto",
     taxonomy: Labels = None,
     json: Json = False,
     seed: Seed = 0,
@@ -62,7 +64,7 @@ def evaluate(
     from cytodiffusion.predictions import Request
 
     console = Console(json)
-    loaded = load(model, pick_device(device))
+    loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
     answers = tuple(name.strip() for name in classes.split(",")) if classes else None
     names = [loaded.classes.names[loaded.classes.index(name)] for name in answers or loaded.classes]

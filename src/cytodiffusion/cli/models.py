@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cytodiffusion.cli.console import Console, Device, Json, Out, Seed, pick_device
+from cytodiffusion.cli.console import Console, Device, Engine, Json, Out, Seed, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,9 +53,7 @@ def show(model: Name = "pbc8", json: Json = False, seed: Seed = 0, device: Devic
 @app.command()
 def verify(
     model: Name = "pbc8",
-    engine: Annotated[
-        str, typer.Option("--engine", help="Engine to check, instead of the one that is used.")
-    ] = "auto",
+    engine: Engine = "auto",
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",

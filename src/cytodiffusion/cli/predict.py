@@ -16,6 +16,7 @@ from cytodiffusion.cli.console import (
     Coverage,
     Crop,
     Device,
+    Engine,
     Json,
     ModelName,
     Out,
@@ -42,6 +43,7 @@ def predict(
     coverage: Coverage = 0.95,
     sets: Sets = "all",
     prior: Prior = "training",
+    engine: Engine = "auto",
     json: Json = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -56,7 +58,7 @@ def predict(
 
     console = Console(json)
     samples = read_dataset(source)
-    loaded = load(model, pick_device(device))
+    loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
     shares = read_prior(prior, loaded.classes.names)
     request = Request(budget, crop, coverage, cast("Any", sets), shares, workers=cores())
