@@ -24,7 +24,8 @@ from cytodiffusion.bundle import ZOO, replace_texts, verify
 from cytodiffusion.release import commit
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = ("fast", "balanced", "full")
+BUDGETS = ("balanced", "fast", "full")
+QUOTED = ("<!-- from the card -->", "<!-- until here -->")  # of the README
 DATA_LICENSE = """PBC dataset, CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/).
 
 Acevedo A, Merino A, Alferez S, Molina A, Boldu L, Rodellar J. A dataset of microscopic peripheral
@@ -75,6 +76,7 @@ def main() -> None:
     write_card(args.out)
     print(f"test vectors agree to {verify(bundle):.1e}")
     if args.release:
+        quote_card(bundle / "card.md")
         shutil.rmtree(ZOO / "pbc8", ignore_errors=True)
         shutil.copytree(bundle, ZOO / "pbc8")
 
@@ -83,11 +85,16 @@ def write_card(out: Path) -> None:
     """Put the test results, the limits and the licences into the bundle."""
     found = {b: json.loads((out / f"test-{b}" / "metrics.json").read_text()) for b in BUDGETS}
     rows = [
-        f"| {budget} | {m['passes_per_cell']:.0f} | {interval(m, 'balanced_accuracy')} | "
+        f"| {budget} | {m['passes_per_cell']:.2f} | {interval(m, 'balanced_accuracy')} | "
         f"{interval(m, 'accuracy')} | {interval(m, 'ece')} | {interval(m, 'auroc_correct')} |"
         for budget, m in found.items()
     ]
     first = found["balanced"]
+    covered = [
+        f"| {row['sets']} | {row['asked']:.0%} | {row['coverage']:.2%} | {row['furthest']['class']} "
+        f"{row['furthest']['coverage']:.1%} | {row['mean_set_size']:.3f} |"
+        for row in first["conformal"]
+    ]
     recalls = [
         f"| {name} | {c['n']} | {c['recall']:.3f} [{c['recall_ci95'][0]:.3f}, {c['recall_ci95'][1]:.3f}] |"
         for name, c in first["per_class"].items()
@@ -108,6 +115,12 @@ Measured by recipes/pbc8.py at commit {commit()}, seed {first["seed"]}; sha256 o
 | class | cells | recall, `balanced` |
 |---|---|---|
 {chr(10).join(recalls)}
+
+Conformal sets, `balanced`:
+
+| sets | asked | covered | class furthest from it | mean size |
+|---|---|---|---|---|
+{chr(10).join(covered)}
 {LIMITS}
 ## Licences
 
@@ -115,6 +128,15 @@ Weights: Apache-2.0. Trained on PBC, CC BY 4.0; see data_license.txt for the cit
 """
     texts = {"card.md": card, "data_license.txt": DATA_LICENSE}
     replace_texts(out / "bundle", texts | {"LICENSE": (ROOT / "LICENSE").read_text()})
+
+
+def quote_card(card: Path) -> None:
+    """Copy the test results of the card into the README; a test holds the two together."""
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(QUOTED[0])
+    after = rest.split(QUOTED[1])[1]
+    numbers = card.read_text().split("## On the test split of PBC\n")[1].split("\n## ")[0].strip()
+    readme.write_text(f"{before}{QUOTED[0]}\n{numbers}\n{QUOTED[1]}{after}")
 
 
 def interval(metrics: dict, name: str) -> str:
