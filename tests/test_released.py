@@ -80,6 +80,45 @@ def test_it_names_real_cells(measured: Path) -> None:
 
 
 @pytest.mark.real
+def test_its_confidence_can_be_used(measured: Path) -> None:
+    """Floors far below what the card states: 120 cells are few."""
+    metrics = json.loads((measured / "metrics.json").read_text())
+    assert metrics["ece"] < 0.1
+    assert metrics["coverage"] > 0.85
+    assert metrics["mean_set_size"] < 1.5
+
+
+@pytest.mark.real
+def test_a_cell_takes_few_passes(pbc: Path, chosen: Path, tmp_path: Path) -> None:
+    """`bench cost`: stopping early names cells as all eight trials do."""
+    told = cli("bench", "cost", pbc, "-o", tmp_path, "--splits", chosen, "--device", "cpu",
+               "--procedures", "full,balanced,race", "--json")  # fmt: skip
+    assert told.code == 0, told.err
+    found = {row["name"]: row for row in told.json["procedures"]}
+    assert found["full"]["passes_per_cell"] == 8
+    assert found["balanced"]["passes_per_cell"] < 3
+    gap = found["balanced"]["balanced_accuracy"] - found["full"]["balanced_accuracy"]
+    assert abs(gap) <= 0.03
+    assert found["race"]["full_answer_dropped"] <= 0.1  # bound 0.05; 120 cells
+
+
+@pytest.mark.real
+def test_engines_name_real_cells_alike(pbc: Path, chosen: Path, tmp_path: Path) -> None:
+    """Every engine that is installed and exact, on the cells of one class each."""
+    from cytodiffusion.engines.engine import EXACT, installed
+
+    names = {}
+    for engine in filter(installed, EXACT):
+        told = cli("evaluate", pbc, "-o", tmp_path / engine, "--splits", chosen, "--device", "cpu",
+                   "--engine", engine)  # fmt: skip
+        assert told.code == 0, told.err
+        with (tmp_path / engine / "predictions.csv").open(newline="") as file:
+            names[engine] = [row["predicted"] for row in csv.DictReader(file)]
+    assert len(names["torch"]) == 8 * EACH
+    assert all(found == names["torch"] for found in names.values())
+
+
+@pytest.mark.real
 def test_red_cells_are_stranger(data_root: Path, measured: Path, tmp_path: Path) -> None:
     """Cells of a kind it has never seen, through the command `predict`."""
     source = data_root / "redcells"
