@@ -20,8 +20,6 @@ from cytodiffusion.bundle import (
     TOLERANCE,
     Model,
     Parts,
-    calibration_from_json,
-    calibration_to_json,
     check_files,
     find_bundle,
     load,
@@ -29,6 +27,7 @@ from cytodiffusion.bundle import (
     save_bundle,
     verify,
 )
+from cytodiffusion.classify.as_json import calibration_from_json, calibration_to_json
 from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
 from cytodiffusion.types import ErrorTable
 

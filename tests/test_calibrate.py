@@ -13,8 +13,8 @@ from scipy import stats
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from cytodiffusion.bundle import calibration_from_json, calibration_to_json
 from cytodiffusion.classify.anomaly import fit_anomaly, pattern
+from cytodiffusion.classify.as_json import calibration_from_json, calibration_to_json
 from cytodiffusion.classify.calibrate import (
     HeldOut,
     PrefixPosterior,
