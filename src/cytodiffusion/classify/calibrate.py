@@ -25,7 +25,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from cytodiffusion.errors import DataError
 
-RIDGE = 1e-3
+RIDGE = 1e-4
 FOLDS = 5
 
 
