@@ -75,36 +75,38 @@ def fit_sequence(
     draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"]
 ) -> dict[str, Budget]:
     """Budgets that run these trials, in this order. Held-out cells are judged by fits without them."""
-    counts = range(1, len(draws) + 1)
-    logits = [out_of_fold_logits(errors[:, :n, :-1], truth) for n in counts]
-    answers = np.stack([each.argmax(1) for each in logits], axis=1)
+    depths, logits, anomaly = _fit_depths(errors, truth)
+    answers = logits.argmax(2)
     same = answers == answers[:, -1:]
-    depths, anomaly = [], []
-    for n in counts:
-        probabilities = softmax(logits[n - 1], axis=1)
-        model, scores = fit_anomaly(errors[:, :n], truth, probabilities)
-        gate = fit_gate(logits[n - 1], same[:, n - 1])
-        depths.append(Depth(fit_prefix(errors[:, :n, :-1], truth), gate, model))
-        anomaly.append(scores)
     chance = np.stack(
-        [chance_of_same(x, depth.gate) for x, depth in zip(logits, depths, strict=True)], axis=1
+        [chance_of_same(logits[:, t], depth.gate) for t, depth in enumerate(depths)], axis=1
     )
-    strange = np.stack(
-        [x > depth.anomalies.limit for x, depth in zip(anomaly, depths, strict=True)], axis=1
-    )
-    budgets = {}
+    strange = anomaly > np.array([depth.anomalies.limit for depth in depths])
+    budgets, rows = {}, np.arange(len(truth))
     for name, allowed in ALLOWED.items():
-        reader, agreement = Sequence(tuple(depths)), None
+        reader, agreement = Sequence(depths), None
         if allowed is not None:
             threshold, agreement = learn_threshold(chance, strange, same, allowed)
-            reader = replace(reader, threshold=threshold)
+            reader = Sequence(depths, threshold)
         last = depths_reached(chance, strange, reader.threshold) - 1
-        rows = np.arange(len(truth))
-        held = HeldOut(
-            truth, softmax(np.stack(logits)[last, rows], axis=1), np.stack(anomaly)[last, rows]
-        )
+        held = HeldOut(truth, softmax(logits[rows, last], axis=1), anomaly[rows, last])
         budgets[name] = Budget(draws, reader, held, reader, agreement)
     return budgets
+
+
+def _fit_depths(
+    errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"]
+) -> tuple[tuple[Depth, ...], Float[np.ndarray, "n t k"], Float[np.ndarray, "n t"]]:
+    """How the first 1, 2, ... trials are read; logits and anomaly of each cell by fits without it."""
+    prefixes = [errors[:, : n + 1] for n in range(errors.shape[1])]
+    logits = [out_of_fold_logits(part[:, :, :-1], truth) for part in prefixes]
+    full, depths, anomaly = logits[-1].argmax(1), [], []
+    for part, told in zip(prefixes, logits, strict=True):
+        strangers, scores = fit_anomaly(part, truth, softmax(told, axis=1))
+        gate = fit_gate(told, told.argmax(1) == full)
+        depths.append(Depth(fit_prefix(part[:, :, :-1], truth), gate, strangers))
+        anomaly.append(scores)
+    return tuple(depths), np.stack(logits, axis=1), np.stack(anomaly, axis=1)
 
 
 def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np.ndarray, " m"]:
