@@ -52,7 +52,7 @@ def test_readme_commands_exist():
     ]
     assert len(lines) >= 8
     for words in lines:
-        name = " ".join(words[:3] if words[1] in ("data", "models") else words[:2])
+        name = " ".join(words[:3] if words[1] in ("bench", "data", "models") else words[:2])
         assert f"## {name}\n" in page
         section = page.split(f"## {name}\n")[1].split("\n## ")[0]
         for word in words:
