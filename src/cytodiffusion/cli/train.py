@@ -33,6 +33,9 @@ def train(
         list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting.")
     ] = None,
     taxonomy: Labels = None,
+    start: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Begin with the weights of a finished run.")
+    ] = None,
     json: Json = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides every random number.")] = None,
     device: Device = "auto",
@@ -51,9 +54,10 @@ def train(
     console = Console(json)
     console.note(NOTICE)
     parts = split_samples(source, splits, out, settings.seed, labels, console)
-    run, held = run_training(parts, out, settings, device, labels, console)
+    run, held = run_training(parts, out, settings, device, labels, console, start)
     if run is not None:
         origin = {"data": source.resolve().name, "preset": preset, "changes": changes}
+        origin |= {"start": start.resolve().name} if start else {}
         result = write_bundle(run, held, out / "bundle", out.name, origin, labels, console)
         console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
                                f"-m {out / 'bundle'} --splits {splits or out / 'splits.csv'} --split test "
@@ -127,7 +131,7 @@ def _check_classes(train: Sequence[Sample], val: Sequence[Sample], taxonomy: Tax
 
 def run_training(
     parts: dict[str, Sequence[Sample]], out: Path, settings: TrainSettings, device: str,
-    taxonomy: Taxonomy, console: Console,
+    taxonomy: Taxonomy, console: Console, start: Path | None = None,
 ) -> tuple[Run | None, Pixels]:  # fmt: skip
     """Train to the end. The run is None in the helper processes of a run over several."""
     from cytodiffusion.files import writing_to
@@ -144,7 +148,8 @@ def run_training(
         pixels.append(console.follow(work, f"reading {name}", len(parts[name]), "images"))
     fitted, held = pixels
     with writing_to(out):
-        run = Run(out, settings, TrainingSet(fitted.images, fitted.labels, classes), device)
+        data = TrainingSet(fitted.images, fitted.labels, classes)
+        run = Run(out, settings, data, device, start)
     main = run.accelerator.is_main_process
     for problem in [*fitted.problems, *held.problems] * main:  # helpers leave it to this one
         console.unread += 1

@@ -104,12 +104,17 @@ class Run:
     """Weights, optimiser, running mean and step of one training run, and its folder."""
 
     def __init__(
-        self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto"
-    ):
+        self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto",
+        start: Path | None = None,
+    ):  # fmt: skip
+        """`start`: the folder of a finished run whose running mean is what this one begins with."""
         self.folder, self.settings, self.data = folder, settings, data
         self.accelerator = _accelerator(settings, device)
         torch.manual_seed(settings.seed)
-        self.learner = Learner(settings, len(data.classes)).to(self.accelerator.device)
+        self.learner = Learner(settings, len(data.classes))
+        if start is not None:
+            self.learner.load_state_dict(_weights(start, data.classes, self.learner))
+        self.learner.to(self.accelerator.device)
         self.ema = EMA(self.learner, settings.ema)
         self.optimizer = torch.optim.AdamW(
             self.learner.parameters(),
@@ -185,6 +190,23 @@ class Run:
         if scores["nll"] < self.best_score:
             self.best_score = scores["nll"]
             self.best = {name: value.clone() for name, value in self.ema.mean.items()}
+
+
+def _weights(start: Path, classes: tuple[str, ...], learner: nn.Module) -> dict[str, Tensor]:
+    """Running mean of another run. Raises SettingsError where it does not fit this one."""
+    path = latest_checkpoint(start / "checkpoint")
+    if path is None:
+        raise SettingsError(f"{start} has no checkpoint to start from; give the folder of a run.")
+    tensors, state = load_checkpoint(path)
+    shapes = {name: value.shape for name, value in learner.state_dict().items()}
+    if state["classes"] != list(classes) or shapes != {
+        n: v.shape for n, v in tensors["ema"].items()
+    }:
+        raise SettingsError(
+            f"The run in {start} has other classes or another network than this one. Give the same "
+            "classes and network settings, or train anew without --start."
+        )
+    return tensors["ema"]
 
 
 def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
