@@ -34,7 +34,8 @@ def train(
     ] = None,
     taxonomy: Labels = None,
     start: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Begin with the weights of a finished run.")
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Begin with the weights of a finished run."),
     ] = None,
     json: Json = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides every random number.")] = None,

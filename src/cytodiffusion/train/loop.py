@@ -204,7 +204,7 @@ def _weights(start: Path, classes: tuple[str, ...], learner: nn.Module) -> dict[
     }:
         raise SettingsError(
             f"The run in {start} has other classes or another network than this one. Give the same "
-            "classes and network settings, or train anew without --start."
+            "classes and network settings, or train anew without --from."
         )
     return tensors["ema"]
 
