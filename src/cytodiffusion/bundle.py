@@ -143,6 +143,7 @@ def _write(folder: Path, parts: Parts) -> None:
         for name, value in parts.denoiser.network.state_dict().items()
     }
     save_file(half, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     network = parts.denoiser.network
     assert isinstance(network, CompactNetwork)
     config = {
