@@ -410,7 +410,10 @@ def test_export_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @cached
-def test_the_command_line(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+def test_the_command_line(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CYTODIFFUSION_ENGINE")
     bundle = tiny_model(tmp_path_factory.getbasetemp()).bundle
     told = cli("models", "export", bundle, "-o", tmp_path / "graph", "--json")
     assert told.code == 0, told.err
