@@ -418,3 +418,27 @@ def test_a_full_disk_is_an_output_error_and_leaves_the_last_checkpoint(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+# --- beginning with the weights of another run -----------------------------------------------------
+
+
+def test_a_run_begins_with_the_running_mean_of_another(tmp_path):
+    first = Run(tmp_path / "a", settings(steps=4), cells(), "cpu")
+    list(train(first))
+    second = Run(tmp_path / "b", settings(steps=2, seed=5), cells(), "cpu", start=tmp_path / "a")
+    for name, value in second.learner.state_dict().items():
+        assert value.equal(first.ema.mean[name]), name
+    assert second.step == 0
+    list(train(second))
+    assert Run(tmp_path / "b", settings(steps=2, seed=5), cells(), "cpu").step == 2
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    list(train(Run(tmp_path / "a", settings(steps=1), cells(), "cpu")))
+    other = settings(steps=1, sharpness=3.0)
+    wide = other.model_copy(update={"network": other.network.model_copy(update={"width": 32})})
+    with pytest.raises(SettingsError, match="another network"):
+        Run(tmp_path / "b", wide, cells(), "cpu", start=tmp_path / "a")
+    with pytest.raises(SettingsError, match="no checkpoint"):
+        Run(tmp_path / "c", other, cells(), "cpu", start=tmp_path / "nothing")
