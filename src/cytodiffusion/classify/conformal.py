@@ -52,7 +52,7 @@ def threshold(
     check_coverage(coverage)
     order = np.argsort(scores)
     reached = np.cumsum(weights[order])
-    wanted = coverage * (weights.sum() + own) * (1 - 1e-12)
+    wanted = coverage * (weights.sum() + own)
     rank = int(np.searchsorted(reached, wanted))
     return 1.0 if rank >= len(scores) else float(scores[order][rank])
 
