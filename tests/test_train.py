@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from torch import nn
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.measure import Measurement
+from cytodiffusion.cli.train import first_weights
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES
-from cytodiffusion.errors import OutputError, SettingsError
+from cytodiffusion.errors import ModelError, OutputError, SettingsError
 from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cytodiffusion.train.ema import EMA
 from cytodiffusion.train.loop import (
@@ -423,10 +425,16 @@ def test_a_full_disk_is_an_output_error_and_leaves_the_last_checkpoint(tmp_path)
 # --- beginning with the weights of another run -----------------------------------------------------
 
 
+def finished(folder) -> Run:
+    run = Run(folder, settings(steps=4), cells(), "cpu")
+    list(train(run))
+    return run
+
+
 def test_a_run_begins_with_the_running_mean_of_another(tmp_path):
-    first = Run(tmp_path / "a", settings(steps=4), cells(), "cpu")
-    list(train(first))
-    second = Run(tmp_path / "b", settings(steps=2, seed=5), cells(), "cpu", start=tmp_path / "a")
+    first = finished(tmp_path / "a")
+    start = first_weights(str(tmp_path / "a"), cells().classes)
+    second = Run(tmp_path / "b", settings(steps=2, seed=5), cells(), "cpu", start)
     for name, value in second.learner.state_dict().items():
         assert value.equal(first.ema.mean[name]), name
     assert second.step == 0
@@ -434,11 +442,38 @@ def test_a_run_begins_with_the_running_mean_of_another(tmp_path):
     assert Run(tmp_path / "b", settings(steps=2, seed=5), cells(), "cpu").step == 2
 
 
+def test_only_the_trunk_is_taken_where_the_classes_are_others(tmp_path):
+    first = finished(tmp_path / "a")
+    data = replace(cells(), classes=tuple(f"other {name}" for name in cells().classes))
+    start = first_weights(str(tmp_path / "a"), data.classes)
+    second = Run(tmp_path / "b", settings(steps=2), data, "cpu", start)
+    network, mean = second.learner.denoiser.network, first.ema.mean
+    assert network.stem.weight.equal(mean["denoiser.network.stem.weight"])
+    assert not network.change.out.weight.any()  # begins at zero
+    assert mean["denoiser.network.change.out.weight"].any()
+
+
+def test_a_class_conditional_run_begins_with_the_trunk_of_one_with_heads(tmp_path):
+    first = finished(tmp_path / "a")
+    start = first_weights(str(tmp_path / "a"), cells().classes)
+    plan = settings(steps=2)
+    plan = plan.model_copy(
+        update={"network": plan.network.model_copy(update={"form": "conditional"})}
+    )
+    second = Run(tmp_path / "b", plan, cells(), "cpu", start)
+    noisy, sigma = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 1.0])
+    every = torch.arange(len(cells().classes) + 1).expand(2, -1)
+    anyone = first.denoiser()(noisy, sigma, every[:, -1:])
+    guesses = second.learner.denoiser.eval()(noisy, sigma, every)
+    torch.testing.assert_close(guesses, anyone.expand_as(guesses))  # every class is "any cell" yet
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
-    list(train(Run(tmp_path / "a", settings(steps=1), cells(), "cpu")))
+    finished(tmp_path / "a")
+    start = first_weights(str(tmp_path / "a"), cells().classes)
     other = settings(steps=1, sharpness=3.0)
     wide = other.model_copy(update={"network": other.network.model_copy(update={"width": 32})})
-    with pytest.raises(SettingsError, match="another network"):
-        Run(tmp_path / "b", wide, cells(), "cpu", start=tmp_path / "a")
-    with pytest.raises(SettingsError, match="no checkpoint"):
-        Run(tmp_path / "c", other, cells(), "cpu", start=tmp_path / "nothing")
+    with pytest.raises(SettingsError, match="same network settings"):
+        Run(tmp_path / "b", wide, cells(), "cpu", start)
+    with pytest.raises(ModelError, match="no model"):
+        first_weights(str(tmp_path / "nothing"), cells().classes)

@@ -268,6 +268,13 @@ def check_files(folder: Path) -> None:
         raise ChangedBundle(f"{folder}: {name} {problem}. Copy the whole bundle again.")
 
 
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of the network by name, and the classes. Raises ChangedBundle."""
+    check_files(folder)
+    classes = json.loads((folder / "config.json").read_text())["classes"]
+    return load_file(folder / "model.safetensors"), classes
+
+
 def _denoiser(config: dict[str, Any], weights: dict[str, Tensor]) -> EDMDenoiser:
     network = CompactNetwork(CompactSettings.model_validate(config["settings"]))
     network.load_state_dict({name: value.float() for name, value in weights.items()})

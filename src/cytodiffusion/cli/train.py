@@ -12,6 +12,8 @@ from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Labels, cor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
+
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.release import Pixels
@@ -34,8 +36,10 @@ def train(
     ] = None,
     taxonomy: Labels = None,
     start: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="RUN", help="Begin with the weights of a finished run."),
+        str | None,
+        typer.Option(
+            "--from", metavar="RUN|MODEL", help="Begin with the weights of a run or of a model."
+        ),
     ] = None,
     json: Json = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides every random number.")] = None,
@@ -58,7 +62,7 @@ def train(
     run, held = run_training(parts, out, settings, device, labels, console, start)
     if run is not None:
         origin = {"data": source.resolve().name, "preset": preset, "changes": changes}
-        origin |= {"start": start.resolve().name} if start else {}
+        origin |= {"start": Path(start).resolve().name} if start else {}
         result = write_bundle(run, held, out / "bundle", out.name, origin, labels, console)
         console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
                                f"-m {out / 'bundle'} --splits {splits or out / 'splits.csv'} --split test "
@@ -132,7 +136,7 @@ def _check_classes(train: Sequence[Sample], val: Sequence[Sample], taxonomy: Tax
 
 def run_training(
     parts: dict[str, Sequence[Sample]], out: Path, settings: TrainSettings, device: str,
-    taxonomy: Taxonomy, console: Console, start: Path | None = None,
+    taxonomy: Taxonomy, console: Console, start: str | None = None,
 ) -> tuple[Run | None, Pixels]:  # fmt: skip
     """Train to the end. The run is None in the helper processes of a run over several."""
     from cytodiffusion.files import writing_to
@@ -141,6 +145,7 @@ def run_training(
     from cytodiffusion.train.record import draw_samples, plot_progress, record
 
     classes = class_names(parts["train"], taxonomy)
+    weights = first_weights(start, classes) if start else None
     pixels = []
     for name, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
         work = load_pixels(
@@ -150,8 +155,10 @@ def run_training(
     fitted, held = pixels
     with writing_to(out):
         data = TrainingSet(fitted.images, fitted.labels, classes)
-        run = Run(out, settings, data, device, start)
+        run = Run(out, settings, data, device, weights)
     main = run.accelerator.is_main_process
+    if run.begun and not run.step and main:
+        console.note(f"Begins with {run.begun:,} weights of {start}; the others are new.")
     for problem in [*fitted.problems, *held.problems] * main:  # helpers leave it to this one
         console.unread += 1
         console.note(f"Not read: {problem}")
@@ -176,6 +183,28 @@ def run_training(
                 plot_progress(run)
                 draw_samples(run)
     return (run if main else None), held
+
+
+def first_weights(start: str, classes: Sequence[str]) -> dict[str, Tensor]:
+    """Weights of a run (its running mean) or of a bundle, named as in training.
+
+    What belongs to classes is left out where the classes are others. Raises ModelError.
+    """
+    from cytodiffusion.bundle import find_bundle, read_weights
+    from cytodiffusion.networks.compact import OF_CLASSES
+    from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint
+
+    checkpoint = latest_checkpoint(Path(start) / "checkpoint")
+    if checkpoint is not None:
+        tensors, state = load_checkpoint(checkpoint)
+        found, known = tensors["ema"], state["classes"]
+    else:
+        plain, known = read_weights(find_bundle(start))
+        found = {f"denoiser.network.{name}": value for name, value in plain.items()}
+    if list(known) == list(classes):
+        return found
+    others = tuple(f"denoiser.network.{part}." for part in OF_CLASSES)
+    return {name: value for name, value in found.items() if not name.startswith(others)}
 
 
 def write_bundle(

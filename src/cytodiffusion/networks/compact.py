@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Form = Literal["heads", "conditional"]
+OF_CLASSES = ("change", "label")  # parts of the network that belong to certain classes
 
 
 class CompactSettings(BaseModel):
@@ -195,6 +196,8 @@ class CompactNetwork(nn.Module):
             nn.Linear(settings.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         self.label = nn.Embedding(settings.classes + 1, embedding) if conditional else None
+        if self.label is not None:
+            nn.init.zeros_(self.label.weight)  # every class begins as "any cell"
         self.stem = nn.Conv2d(pixels, settings.width, 3, padding=1)
         self.trunk = Trunk(settings, embedding)
         self.norm = _norm(settings.width)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -105,15 +105,14 @@ class Run:
 
     def __init__(
         self, folder: Path, settings: TrainSettings, data: TrainingSet, device: str = "auto",
-        start: Path | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ):  # fmt: skip
-        """`start`: the folder of a finished run whose running mean is what this one begins with."""
+        """`start`: weights to begin with, by name; those that do not fit this network begin anew."""
         self.folder, self.settings, self.data = folder, settings, data
         self.accelerator = _accelerator(settings, device)
         torch.manual_seed(settings.seed)
         self.learner = Learner(settings, len(data.classes))
-        if start is not None:
-            self.learner.load_state_dict(_weights(start, data.classes, self.learner))
+        self.begun = take_fitting(self.learner, start) if start else 0  # weights that were taken
         self.learner.to(self.accelerator.device)
         self.ema = EMA(self.learner, settings.ema)
         self.optimizer = torch.optim.AdamW(
@@ -192,21 +191,21 @@ class Run:
             self.best = {name: value.clone() for name, value in self.ema.mean.items()}
 
 
-def _weights(start: Path, classes: tuple[str, ...], learner: nn.Module) -> dict[str, Tensor]:
-    """Running mean of another run. Raises SettingsError where it does not fit this one."""
-    path = latest_checkpoint(start / "checkpoint")
-    if path is None:
-        raise SettingsError(f"{start} has no checkpoint to start from; give the folder of a run.")
-    tensors, state = load_checkpoint(path)
-    shapes = {name: value.shape for name, value in learner.state_dict().items()}
-    if state["classes"] != list(classes) or shapes != {
-        n: v.shape for n, v in tensors["ema"].items()
-    }:
+def take_fitting(learner: nn.Module, start: Mapping[str, Tensor]) -> int:
+    """Load the weights whose name and shape fit; returns how many of the numbers those are.
+
+    Raises SettingsError where they are less than half of the network: it is another one.
+    """
+    own = learner.state_dict()
+    fitting = {n: v.float() for n, v in start.items() if n in own and own[n].shape == v.shape}
+    taken, needed = (sum(v.numel() for v in each.values()) for each in (fitting, own))
+    if 2 * taken < needed:
         raise SettingsError(
-            f"The run in {start} has other classes or another network than this one. Give the same "
-            "classes and network settings, or train anew without --from."
+            f"Only {taken:,} of the {needed:,} weights of this network can begin with those given. Give "
+            "a run with the same network settings, or train anew without --from."
         )
-    return tensors["ema"]
+    learner.load_state_dict(own | fitting)
+    return taken
 
 
 def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
