@@ -8,6 +8,7 @@ import torch
 
 from cytodiffusion.diffusion.noise import karras_sigmas
 from cytodiffusion.diffusion.sample import guided, sample
+from cytodiffusion.errors import SettingsError
 from cytodiffusion.networks.exact import GaussianWorld
 
 S = 0.5
@@ -31,14 +32,16 @@ def error(sampler: str, steps: int) -> float:
     return (path[-2] - want).abs().max().item()
 
 
-@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("heun", 2)])
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("heun", 2), ("dpm++", 2)])
 def test_order_of_convergence(sampler, order):
-    """Twice the steps: half the error (DDIM), a quarter of it (Heun)."""
+    """Twice the steps: half the error (DDIM), a quarter of it (Heun, DPM-Solver++)."""
     coarse, fine = error(sampler, 80), error(sampler, 160)
     assert coarse / fine == pytest.approx(2**order, rel=0.08)
 
 
-@pytest.mark.parametrize(("sampler", "tolerance"), [("ddim", 2e-2), ("heun", 1e-3)])
+@pytest.mark.parametrize(
+    ("sampler", "tolerance"), [("ddim", 2e-2), ("heun", 1e-3), ("dpm++", 2e-3)]
+)
 def test_end_points(sampler, tolerance):
     sigmas = karras_sigmas(200).double()
     *_, drawn = sample(guided(WORLD, LABELS, 2), NOISE, sigmas, sampler=sampler)
@@ -57,7 +60,7 @@ def test_an_image_after_every_step():
     assert len(list(sample(guided(WORLD, LABELS, 2), NOISE, karras_sigmas(9).double()))) == 9
 
 
-@pytest.mark.parametrize(("sampler", "passes"), [("ddim", 5), ("heun", 9)])
+@pytest.mark.parametrize(("sampler", "passes"), [("ddim", 5), ("heun", 9), ("dpm++", 5)])
 def test_passes(sampler, passes):
     """Heun takes two passes a step, but for the last."""
     seen = []
@@ -79,22 +82,46 @@ def test_drawn_cells_have_the_mean_and_covariance_of_their_class(churn):
     labels = torch.ones(count, dtype=torch.long)
     *_, drawn = sample(
         guided(world, labels, 2), noise, karras_sigmas(60, 0.01, 40.0), churn=churn,
-        generator=generator,
+        fresh=lambda _: torch.randn(noise.shape, generator=generator),
     )  # fmt: skip
     flat = drawn.flatten(1)
     torch.testing.assert_close(flat.mean(0), MEANS[1].flatten().float(), atol=0.02, rtol=0)
     torch.testing.assert_close(flat.T.cov(), S**2 * torch.eye(3), atol=0.012, rtol=0)
 
 
-def test_churn_is_decided_by_its_generator():
+def test_churn_is_decided_by_its_noise():
     def drawn(seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
         guess, sigmas = guided(WORLD, LABELS, 2), karras_sigmas(8).double()
-        *_, last = sample(guess, NOISE, sigmas, churn=8.0, generator=generator)
+        *_, last = sample(
+            guess, NOISE, sigmas, churn=8.0, fresh=lambda step: NOISE.roll(step + seed)
+        )
         return last
 
     assert drawn(1).equal(drawn(1))
     assert not drawn(1).equal(drawn(2))
+
+
+def test_churn_without_noise_is_refused():
+    with pytest.raises(SettingsError, match="fresh"):
+        list(sample(guided(WORLD, LABELS, 2), NOISE, karras_sigmas(8).double(), churn=1.0))
+
+
+def test_dpm_as_in_diffusers():
+    """The scheduler of another library, fed with the same guesses."""
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    other = EDMDPMSolverMultistepScheduler(0.02, 10.0, sigma_data=S, solver_order=2)
+    other.set_timesteps(9)
+    sigmas, guess = other.sigmas, guided(WORLD, LABELS, 2)
+    ours = list(sample(guess, NOISE, sigmas.double(), sampler="dpm++"))
+    image = NOISE * sigmas[0]
+    for sigma, time, mine in zip(sigmas, other.timesteps, ours, strict=False):
+        clean = guess(image, sigma.double().expand(4))
+        skip = S**2 / (S**2 + sigma**2)
+        out = sigma * S / (sigma**2 + S**2) ** 0.5
+        raw = (clean - skip * image) / out  # what the scheduler takes: the network's own output
+        image = other.step(raw, time, image).prev_sample
+        torch.testing.assert_close(mine, image, atol=1e-5, rtol=0)
 
 
 class Counts(torch.nn.Module):
