@@ -79,6 +79,7 @@ def split(
         seed,
         None if group == "none" else group,  # type: ignore[arg-type]
         found.duplicate_groups(),
+        found.synthetic,
     )
     write_split(dealt.rows, out)
     counts = Counter(row.split for row in dealt)

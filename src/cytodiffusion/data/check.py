@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from cytodiffusion.data.images import decode
+from cytodiffusion.data.mark import read_mark
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.data.split import connected
 from cytodiffusion.errors import UnreadableImage
@@ -54,6 +55,7 @@ class Look:
     mode: str = ""  # as stored: L, RGB, RGBA, P, ...
     thumbnail: np.ndarray | None = None  # uint8, (SIDE, SIDE), grey
     bits: int = 0  # dHash
+    synthetic: bool = False  # says so itself (mark.py)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Report:
     two_labels: list[list[str]]  # the exact groups whose labels differ
     across_splits: list[list[str]]  # copies, exact or near, that are in different splits
     blank: list[str]  # images that show nothing
+    synthetic: list[str]  # images that are marked as such: good for training, not for testing
     classes: dict[str, int]
     tiny: dict[str, int]  # classes below the threshold
     unlabelled: int
@@ -111,6 +114,7 @@ class Report:
             ],
             "across_splits": self.across_splits,
             "blank": self.blank,
+            "synthetic": self.synthetic,
             "classes": self.classes,
             "tiny_classes": self.tiny,
             "unlabelled": self.unlabelled,
@@ -129,6 +133,7 @@ class Report:
             *_section("one image under two labels", [self._named(n) for n in self.two_labels]),
             *_section("copies in different splits", [" = ".join(n) for n in self.across_splits]),
             *_section("images that show nothing", self.blank),
+            *_section("synthetic images, not to be tested on", self.synthetic),
             *_section("tiny classes", [f"{label}: {n}" for label, n in self.tiny.items()]),
             f"sizes: {_counts(self.sizes)}",
             f"modes: {_counts(self.modes)}",
@@ -197,6 +202,7 @@ def _look(sample: Sample, data: bytes) -> Look:
         mode=mode,
         thumbnail=thumbnail,
         bits=dhash(grey),
+        synthetic=read_mark(data) is not None,
     )
 
 
@@ -234,6 +240,7 @@ def summarise(
         two_labels=[names for names in exact if len({labels[name] for name in names}) > 1],
         across_splits=[names for names in copies if len({splits[name] for name in names}) > 1],
         blank=[look.sample.name for look in read if _is_blank(look)],
+        synthetic=[look.sample.name for look in read if look.synthetic],
         classes=dict(sorted(classes.items())),
         tiny={label: count for label, count in sorted(classes.items()) if count < tiny},
         unlabelled=sum(look.sample.label is None for look in looks),

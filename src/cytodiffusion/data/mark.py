@@ -1,7 +1,9 @@
 """The mark of a synthetic image: a PNG that says, to machines, that no one's cell is shown.
 
 The mark is an XMP packet with IPTC's DigitalSourceType `trainedAlgorithmicMedia`, beside the model,
-its weights' sha256, the seed and the class that was asked for.
+its weights' sha256, the seed and the class that was asked for. It is also read where such an image was
+saved again as JPEG, WebP or TIFF with its XMP. Synthetic images may serve in training; as test data
+they are refused, because a model that names them well has only met itself.
 
 Source: IPTC, Digital Source Type vocabulary; Adobe, XMP Specification part 3, PNG.
 """
@@ -10,13 +12,17 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from xml.sax.saxutils import quoteattr, unescape
+from xml.sax.saxutils import escape, unescape
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+from cytodiffusion.data.sample import Sample
+from cytodiffusion.errors import DataError, UnreadableImage
 
 KEYWORD = "XML:com.adobe.xmp"
 SOURCE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -25,7 +31,7 @@ PACKET = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
  xmlns:cyto="{space}" Iptc4xmpExt:DigitalSourceType="{source}"
- cyto:model={model} cyto:weights={weights} cyto:seed={seed} cyto:label={label}/>
+ cyto:model="{model}" cyto:weights="{weights}" cyto:seed="{seed}" cyto:label="{label}"/>
 </rdf:RDF></x:xmpmeta><?xpacket end="r"?>"""
 
 
@@ -41,7 +47,7 @@ class Mark:
 
 def marked_png(pixels: UInt8[np.ndarray, "3 h w"], mark: Mark) -> bytes:
     """A PNG file with the mark inside."""
-    words = {name: quoteattr(str(value)) for name, value in vars(mark).items()}
+    words = {name: escape(str(value), {'"': "&quot;"}) for name, value in vars(mark).items()}
     info = PngInfo()
     info.add_itxt(KEYWORD, PACKET.format(space=SPACE, source=SOURCE, **words))
     buffer = io.BytesIO()
@@ -51,15 +57,33 @@ def marked_png(pixels: UInt8[np.ndarray, "3 h w"], mark: Mark) -> bytes:
 
 
 def read_mark(data: bytes) -> Mark | None:
-    """The mark of an image file, or None for one without."""
+    """The mark of an image file, or None for one without. Another program's mark has empty fields."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            packet = str(image.info.get(KEYWORD, ""))
+            xmp = image.info.get("xmp") or image.info.get(KEYWORD, "")
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError):
         return None
+    packet = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
     if SOURCE not in packet:
         return None
     found = dict(re.findall(r'cyto:(\w+)="([^"]*)"', packet))
     values = {name: unescape(found.get(name, ""), {"&quot;": '"'}) for name in Mark.__annotations__}
-    seed = int(values.pop("seed") or 0)
-    return Mark(seed=seed, **values)
+    seed = values.pop("seed")
+    return Mark(seed=int(seed) if seed.isdecimal() else 0, **values)
+
+
+def refuse_marked(samples: Iterable[Sample], use: str = "test data") -> None:
+    """Raises DataError where images among the samples say that they are synthetic."""
+    names = [sample.name for sample in samples if _is_marked(sample)]
+    if names:
+        raise DataError(
+            f"{len(names)} of these images are marked as synthetic, first '{names[0]}', and cannot "
+            f"serve as {use}. Leave them out; in training they may stay (split `train`)."
+        )
+
+
+def _is_marked(sample: Sample) -> bool:
+    try:
+        return read_mark(sample.read()) is not None
+    except UnreadableImage:
+        return False  # who reads it next will name it

@@ -17,7 +17,7 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -62,24 +62,40 @@ def split(
     seed: int = 0,
     group: Group | None = "auto",
     duplicates: Iterable[Iterable[str]] = (),
+    synthetic: Collection[str] = (),
 ) -> Split:
     """Deal the samples to splits: by class, and never one patient or picture on two sides.
 
     `group` 'auto' takes patients where any are named, else slides, else nothing. `duplicates` are
     groups of names to be kept together, such as `Report.duplicate_groups()`; names that are not
     among the samples are passed over. A class too small to reach every split is a note, no error.
+    `synthetic` names images that may be trained on and nothing else: they go to `train`, after the
+    real ones were dealt.
 
-    Raises DataError for no samples, a name given twice, an image without a label, or a column that
-    is asked for and empty; SettingsError for fractions that are not positive or do not add up to 1.
+    Raises DataError for no real samples, synthetic ones without a split `train`, a name given twice,
+    an image without a label, or a column that is asked for and empty; SettingsError for fractions
+    that are not positive or do not add up to 1.
     """
     _check_fractions(fractions)
     samples = sorted(samples, key=lambda sample: sample.name)
-    labels = _labels(samples)
-    column = _column(samples, group)
-    units = _units(samples, column, duplicates)
-    side = _deal(units, labels, fractions, seed)
-    rows = [Row(name, label, side[name]) for name, label in labels.items()]
-    notes = [*_column_notes(samples, column), *_class_notes(rows, fractions, units)]
+    every = _labels(samples)
+    drawn = {name: "train" for name in every if name in synthetic}
+    if drawn and ("train" not in fractions or len(drawn) == len(samples)):
+        raise DataError(
+            f"{len(drawn)} of {len(samples)} images are marked as synthetic, first "
+            f"'{next(iter(drawn))}'; they may only be trained on, beside real ones. Leave them out, or "
+            "give real images and a split `train`."
+        )
+    real = [sample for sample in samples if sample.name not in drawn]
+    labels = _labels(real)
+    column = _column(real, group)
+    units = _units(real, column, duplicates)
+    side = drawn | _deal(units, labels, fractions, seed)
+    rows = [Row(name, label, side[name]) for name, label in every.items()]
+    dealt = [row for row in rows if row.name not in drawn]
+    notes = [*_column_notes(real, column), *_class_notes(dealt, fractions, units)]
+    if drawn:
+        notes.append(f"{len(drawn)} images are marked as synthetic: all of them are in train.")
     return Split(rows, column, notes)
 
 
