@@ -374,7 +374,7 @@ def test_a_saved_calibration_gives_the_same_answers():
     budgets["paper"] = race
     again = calibration_from_json(json.loads(json.dumps(calibration_to_json(budgets))))
     assert again["balanced"].draws == budget.draws
-    assert again["fast"].reader.threshold == budgets["fast"].reader.threshold
+    assert again["fast"].reader.rule == budgets["fast"].reader.rule
     assert again["fast"].agreement == budgets["fast"].agreement
     assert again["paper"].draws == draws
     assert again["paper"].policy == race.policy

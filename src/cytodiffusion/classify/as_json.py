@@ -16,7 +16,7 @@ from cytodiffusion.classify.calibrate import HeldOut, PrefixPosterior
 from cytodiffusion.classify.classifier import Budget, RaceReader
 from cytodiffusion.classify.draws import Draws, Trial
 from cytodiffusion.classify.race import BettingRace, PaperRace, paper_draws
-from cytodiffusion.classify.sequential import Agreement, Depth, Sequence
+from cytodiffusion.classify.sequential import Agreement, Depth, Rule, Sequence
 
 
 def _numbers(array: np.ndarray) -> Any:
@@ -62,7 +62,7 @@ def _budget_to_json(budget: Budget) -> dict[str, Any]:
     }
     if isinstance(budget.reader, Sequence):
         said = budget.agreement and asdict(budget.agreement)
-        return {"threshold": budget.reader.threshold, "agreement": said, "held": held}
+        return {"rule": asdict(budget.reader.rule), "agreement": said, "held": held}
     race = budget.policy
     assert isinstance(budget.reader, RaceReader)
     assert isinstance(race, PaperRace | BettingRace)
@@ -109,5 +109,5 @@ def _budget_from_json(values: dict[str, Any], draws: Draws, depths: tuple[Depth,
         draws = Draws(tuple(Trial(*trial) for trial in rules["trials"]), rules["seed"])
         bets = BettingRace(draws, np.array(rules["weights"]), rules["sweep"], rules["alpha"])
         return Budget(draws, RaceReader(bets.weights, rules["temperature"]), held, bets)
-    sequence, said = Sequence(depths, values["threshold"]), values["agreement"]
+    sequence, said = Sequence(depths, Rule(**values["rule"])), values["agreement"]
     return Budget(draws, sequence, held, sequence, Agreement(**said) if said else None)

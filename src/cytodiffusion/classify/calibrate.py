@@ -9,7 +9,7 @@ log-likelihood plus a small ridge: a convex problem with n + K unknowns, one for
 weights say at which noise levels this network tells classes apart; the evidence's own weights
 (evidence.py) do not, and are far too sure of themselves.
 
-Source: METHOD 1; weights learned on labelled cells, after Clark and Jaini 2023, arXiv 2303.15233.
+Source: weights learned on labelled cells, after Clark and Jaini 2023, arXiv 2303.15233.
 """
 
 from __future__ import annotations

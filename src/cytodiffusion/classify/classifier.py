@@ -3,7 +3,8 @@
     images -> measure -> ErrorTable -> read -> probabilities, conformal set, anomaly, flag
 
 A budget says how many trials a cell gets. `fast`, `balanced` and `full` run one list of trials and
-stop when more of them would not change the answer (sequential.py): `full` never does so early.
+stop when more of them would not change the answer (sequential.py): `full` never does so early, and
+`balanced` not where a cell looks strange.
 `paper` is the paper's race and `race` one with a bound, both read with the paper's relative errors
 and one temperature. Reading needs no network: a saved table gives the same answer.
 """
@@ -42,7 +43,7 @@ class Reader(Protocol):
 
     def probabilities(self, errors: np.ndarray) -> Float[np.ndarray, "n k"]: ...
 
-    def anomaly(self, errors: np.ndarray, probabilities: np.ndarray) -> Float[np.ndarray, " n"]: ...
+    def anomaly(self, errors: np.ndarray) -> Float[np.ndarray, " n"]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RaceReader:
         scores = last_standing(errors[:, :, :-1], self.weights[: errors.shape[1]])
         return softmax(-scores / self.temperature, axis=1)
 
-    def anomaly(self, errors: np.ndarray, probabilities: np.ndarray) -> Float[np.ndarray, " n"]:
+    def anomaly(self, errors: np.ndarray) -> Float[np.ndarray, " n"]:
         """1 / (1 + exp(zeta)): the paper's score, turned so that higher is stranger."""
         return 1 / (1 + np.exp(zeta(errors[:, :, :-1], self.weights[: errors.shape[1]])))
 
@@ -193,7 +194,7 @@ class Classifier:
         chosen, errors = self.budget(budget), table.errors
         ran = ~np.isnan(errors)
         fitted = chosen.reader.probabilities(errors)
-        anomaly = chosen.reader.anomaly(errors, fitted)
+        anomaly = chosen.reader.anomaly(errors)
         columns = self._columns(answers)
         probabilities = change_prior(fitted, self._ratio(prior, answers, budget))[:, columns]
         limits = self.limits(budget, coverage, sets=sets, prior=prior, answers=answers)

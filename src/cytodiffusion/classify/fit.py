@@ -29,16 +29,25 @@ from cytodiffusion.classify.draws import Draws, stratified
 from cytodiffusion.classify.race import BettingRace, PaperRace, sweeps
 from cytodiffusion.classify.sequential import (
     Depth,
+    Rule,
     Sequence,
-    chance_of_same,
-    depths_reached,
     fit_gate,
     learn_threshold,
+    replay,
 )
 
 CLIP = 8.0  # nats: the largest gap that a bet is on
-# Share of cells whose answer may differ from that of all trials; None: every cell runs them all.
-ALLOWED: dict[str, float | None] = {"fast": 0.02, "balanced": 0.005, "full": None}
+
+
+@dataclass(frozen=True)
+class Haste:
+    """What a budget may give up for fewer passes."""
+
+    allowed: float = 0.0  # share of cells whose answer may differ; 0: all trials are run
+    cautious: bool = True  # a strange cell runs them all
+
+
+BUDGETS = {"fast": Haste(0.02, cautious=False), "balanced": Haste(0.005), "full": Haste()}
 
 
 @dataclass(frozen=True)
@@ -62,35 +71,34 @@ def candidates(plan: Plan) -> Draws:
 
 
 def fit_budgets(
-    errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan
+    errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan, apart: bool
 ) -> dict[str, Budget]:
-    """`fast`, `balanced` and `full`, from errors of the candidate trials."""
+    """`fast`, `balanced` and `full`, from errors of the candidate trials.
+
+    `apart`: every class costs a pass of its own, so that classes leave one by one.
+    """
     order = choose_trials(errors[:, :, :-1], truth, plan.trials)
     every = candidates(plan)
     draws = replace(every, trials=tuple(every.trials[t] for t in order))
-    return fit_sequence(draws, errors[:, order], truth)
+    return fit_sequence(draws, errors[:, order], truth, apart)
 
 
 def fit_sequence(
-    draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"]
-) -> dict[str, Budget]:
+    draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"],
+    apart: bool = False,
+) -> dict[str, Budget]:  # fmt: skip
     """Budgets that run these trials, in this order. Held-out cells are judged by fits without them."""
     depths, logits, anomaly = _fit_depths(errors, truth)
-    answers = logits.argmax(2)
-    same = answers == answers[:, -1:]
-    chance = np.stack(
-        [chance_of_same(logits[:, t], depth.gate) for t, depth in enumerate(depths)], axis=1
-    )
+    gates = tuple(depth.gate for depth in depths)
     strange = anomaly > np.array([depth.anomalies.limit for depth in depths])
-    budgets, rows = {}, np.arange(len(truth))
-    for name, allowed in ALLOWED.items():
-        reader, agreement = Sequence(depths), None
-        if allowed is not None:
-            threshold, agreement = learn_threshold(chance, strange, same, allowed)
-            reader = Sequence(depths, threshold)
-        last = depths_reached(chance, strange, reader.threshold) - 1
-        held = HeldOut(truth, softmax(logits[rows, last], axis=1), anomaly[rows, last])
-        budgets[name] = Budget(draws, reader, held, reader, agreement)
+    budgets = {}
+    for name, haste in BUDGETS.items():
+        rule = Rule(apart=apart, cautious=haste.cautious)
+        rule, agreed = learn_threshold(logits, strange, gates, rule, haste.allowed)
+        told = replay(logits, strange, gates, rule)
+        strangeness = anomaly[np.arange(len(truth)), told.whole - 1]
+        held, reader = HeldOut(truth, told.probabilities, strangeness), Sequence(depths, rule)
+        budgets[name] = Budget(draws, reader, held, reader, agreed)
     return budgets
 
 
@@ -149,4 +157,4 @@ def fit_race(
     for fit, held in folds(truth, judged.shape[1]):
         judged[held] = fitted(fit).probabilities(errors[held])
     best = fitted(np.arange(len(truth)))
-    return Budget(race.draws, best, HeldOut(truth, judged, best.anomaly(errors, judged)), race)
+    return Budget(race.draws, best, HeldOut(truth, judged, best.anomaly(errors)), race)

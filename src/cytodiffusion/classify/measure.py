@@ -73,7 +73,8 @@ class Measurement:
     After each trial `policy` is shown the errors so far, all columns, and says which classes are
     still in; what has left stays NaN from then on, and a cell with fewer than two classes in is
     done. `together` says that all labels come from one pass, so that a cell is computed whole;
-    otherwise every living (cell, label) pair is a pass of its own. Both give the same.
+    otherwise every living (cell, label) pair is a pass of its own, and "any cell", which is only
+    compared with all classes, leaves with the first of them. Both give the same.
     """
 
     draws: Draws
@@ -196,6 +197,7 @@ class Measurement:
             still = self.policy(np.stack([cell.errors[:trials] for cell in cells]))
             for cell, stays in zip(cells, still, strict=True):
                 cell.alive[:-1] &= stays
+                cell.alive[-1] &= self.together or bool(cell.alive[:-1].all())
 
     def measure(
         self, meter: Meter, images: Float[Tensor, "n c h w"], digests: list[str]

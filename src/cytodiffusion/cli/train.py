@@ -223,7 +223,7 @@ def write_bundle(
     classes, settings = Classes(run.data.classes), run.settings
     denoiser = run.denoiser("best" if run.best else "ema").cpu()
     together = settings.network.form == "heads"
-    plan = Plan(seed=settings.seed)
+    plan = Plan(seed=settings.seed, levels=24 if together else 12)  # a pass for every class, or one
     torch.set_num_threads(1)  # one for each worker
     calibrated = console.follow(
         calibrate(DenoiserMeter(denoiser), held, len(classes), together, plan, workers=cores()),
