@@ -112,6 +112,22 @@ def test_measured_once(bundle: Path, cells: Path, out: Path) -> None:
     assert {name: after[name] for name in before} == before
 
 
+def test_two_models_are_compared_across(bundle: Path, cells: Path, out: Path) -> None:
+    """With itself under another name a model differs by nothing, and its passes are as many."""
+    told = cli("bench", "cost", cells, "-m", bundle, "-m", bundle, "-o", out, "--device", "cpu",
+               "--procedures", "paper,fast", "--json")  # fmt: skip
+    assert told.code == 0, told.err
+    across, own = told.json["across"], {each["name"]: each for each in told.json["procedures"]}
+    assert [(each["name"], each["paper_of"]) for each in across] == [
+        ("paper", "tiny"), ("fast", "tiny"), ("paper", "tiny"), ("fast", "tiny")
+    ]  # fmt: skip
+    for each in across:
+        assert each["passes_of_paper"] == own[each["name"]]["passes_of_paper"]
+    assert across[0]["balanced_accuracy_gain"] == 0
+    assert across[1]["balanced_accuracy_gain"] == own["fast"]["balanced_accuracy_gain"]
+    assert "Across networks" in (out / "report.html").read_text()
+
+
 def test_a_limit_takes_as_many_of_each_class(bundle: Path, cells: Path, tmp_path: Path) -> None:
     told = cli("bench", "cost", cells, "-m", bundle, "-o", tmp_path, "--limit", 6,
                "--procedures", "fast", "--json", "--device", "cpu")  # fmt: skip
@@ -154,7 +170,7 @@ class Lowest:
     def probabilities(self, errors: np.ndarray) -> np.ndarray:
         return np.eye(2)[np.nansum(errors[:, :, :-1], axis=1).argmin(1)]
 
-    def anomaly(self, errors: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    def anomaly(self, errors: np.ndarray) -> np.ndarray:
         return np.zeros(len(errors))
 
 

@@ -66,9 +66,10 @@ def cost(
     names = _procedures(procedures, models)
     console.note(NOTICE)
     samples, classes = _samples(source, splits, split, models, limit, seed)
-    rows: list[dict[str, Any]] = []
-    for each in models:
-        rows += _measure(each, names, samples, classes, crop, out, seed, console)
+    measured = [_measure(each, names, samples, classes, crop, out, console) for each in models]
+    rows = [row for each, found in zip(models, measured, strict=True)
+            for row in _rows(each, found, seed)]  # fmt: skip
+    beside = _across(models, measured, seed)
     words: list[object] = ["cytodiffusion", "bench", "cost", source, "-o", out]
     words += [part for name in model or ["pbc8"] for part in ("-m", name)]
     given = {"--splits": splits, "--split": split, "--limit": limit, "--crop": crop}
@@ -76,9 +77,9 @@ def cost(
     words += ["--procedures", procedures, "--seed", seed, "--device", device, "--engine", engine]
     call = shlex.join(map(str, words))
     facts = {"command": call, "seed": seed, "cores": cores(), **_origin(models)}
-    values = {"procedures": rows, **facts}
+    values = {"procedures": rows, "across": beside, **facts}
     write_file(out / "results.json", _text(values), "the results")
-    write_page(out / "report.html", render(f"Cost of naming {source.name}", rows, facts))
+    write_page(out / "report.html", render(f"Cost of naming {source.name}", rows, beside, facts))
     console.result(values, "\n".join([_heading(), *map(_line, rows), f"See {out}."]))
     if console.unread:
         raise typer.Exit(1)
@@ -131,20 +132,22 @@ def _samples(
 
 def _measure(
     model: Model, names: Sequence[str], samples: Sequence[Sample], classes: Sequence[int],
-    crop: float | None, out: Path, seed: int, console: Console,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each procedure; compared with the model's own `paper` where that was run."""
+    crop: float | None, out: Path, console: Console,
+) -> dict[str, Measured]:  # fmt: skip
+    """What each procedure measures with this model."""
     import torch
 
+    torch.set_num_threads(1)  # one for each worker
+    found = {name: _one(model, name, samples, classes, crop, out, console) for name in names}
+    console.unread += len(samples) - len(found[names[0]].truth)
+    return found
+
+
+def _rows(model: Model, found: dict[str, Measured], seed: int) -> list[dict[str, Any]]:
+    """A row for each procedure; compared with the model's own `paper` where that was run."""
     from cytodiffusion.evaluate.cost import compare, procedure, race_row, row
 
-    torch.set_num_threads(1)  # one for each worker
-    found: dict[str, Measured] = {}
-    for name in names:
-        found[name] = _one(model, name, samples, classes, crop, out, console)
-    console.unread += len(samples) - len(found[names[0]].truth)
     full = model.classifier.budget("full").reader
-    form = "heads" if model.classifier.together else "conditional"
     rows = []
     for name, measured in found.items():
         measurement, budget = procedure(model.classifier, name)
@@ -153,7 +156,7 @@ def _measure(
         if name != "paper" and "paper" in found:
             reference = procedure(model.classifier, "paper")[1]
             told |= compare(measured, budget, found["paper"], reference, seed)
-        rows.append({"model": model.name, "form": form, **told})
+        rows.append({"model": model.name, "form": _form(model), **told})
     spent = {each["name"]: each["passes_per_cell"] for each in rows}
     for each in rows:
         for name, key in (
@@ -163,6 +166,29 @@ def _measure(
             if name in spent:
                 each[key] = spent[name] / each["passes_per_cell"]
     return rows
+
+
+def _form(model: Model) -> str:
+    return "heads" if model.classifier.together else "conditional"
+
+
+def _across(
+    models: Sequence[Model], measured: Sequence[dict[str, Measured]], seed: int
+) -> list[dict[str, Any]]:
+    """Procedures of each model beside `paper` of every other one, on the same cells."""
+    from cytodiffusion.evaluate.cost import compare, procedure, spent
+
+    ran = [j for j, each in enumerate(measured) if "paper" in each]
+    found = []
+    for i, j in ((i, j) for i in range(len(models)) for j in ran if i != j):
+        theirs, (whole, reference) = measured[j]["paper"], procedure(models[j].classifier, "paper")
+        for name, ours in measured[i].items():
+            measurement, budget = procedure(models[i].classifier, name)
+            fewer = spent(theirs, whole.together) / spent(ours, measurement.together)
+            names = {"model": models[i].name, "name": name, "paper_of": models[j].name}
+            told = compare(ours, budget, theirs, reference, seed)
+            found.append(names | {"passes_of_paper": fewer} | told)
+    return found
 
 
 def _one(

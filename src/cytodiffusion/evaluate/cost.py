@@ -8,7 +8,8 @@ n trials shows how accuracy grows with passes.
 for every class that is still in, as published; `paper as shipped` adds the RandAugment that its code
 ran. A network with a head for each class can give the errors of all classes in one pass: `paper in
 one pass` is the same procedure so. What lies between the two is the gain of the heads, and what lies
-between it and ours the gain of our procedure.
+between it and ours the gain of our procedure. With several models each is compared with its own `paper`
+and, on the same cells, with that of the others.
 
 What differs from the paper, since the networks here work on pixels: errors are taken over the whole
 image instead of a disc of latents, and a turned image repeats its outermost pixels; its weights were
@@ -125,16 +126,22 @@ def passes(errors: Float[np.ndarray, "n t k1"], together: bool) -> Int[np.ndarra
     return np.cumsum(ran.any(2) if together else ran.sum(2), axis=1)
 
 
+def spent(measured: Measured, together: bool) -> float:
+    """Mean passes a cell."""
+    return float(passes(measured.errors, together)[:, -1].mean())
+
+
 def row(
     measured: Measured, budget: Budget, name: str, together: bool, seed: int = 0
 ) -> dict[str, Any]:
     """Accuracy, cost, and how the one grows with the other. `together`: all classes in one pass."""
     errors, truth = measured.errors, measured.truth
-    spent, n = passes(errors, together), len(truth)
+    every, n = passes(errors, together), len(truth)
+    mean = float(every[:, -1].mean())
     answers = budget.reader.probabilities(errors)
     right = answers.argmax(1) == truth
     cells_per_second = n / measured.seconds
-    curve = _curve(measured, budget, spent)
+    curve = _curve(measured, budget, every)
     reached = next(p for p in curve if p["accuracy"] >= SHARE * right.mean())
     return {
         "name": name,
@@ -143,16 +150,16 @@ def row(
         "balanced_accuracy_ci95": _interval(truth, {"all": right}, seed),
         "accuracy": float(right.mean()),
         "accuracy_ci95": list(binomial_interval(int(right.sum()), n)),
-        "passes_per_cell": float(spent[:, -1].mean()),
+        "passes_per_cell": mean,
         "cells_per_second": cells_per_second,
         "passes_to_95": reached["passes"],
-        "seconds_to_95": reached["passes"] / (spent[:, -1].mean() * cells_per_second),
+        "seconds_to_95": reached["passes"] / (mean * cells_per_second),
         "curve": curve,
     }
 
 
 def _curve(
-    measured: Measured, budget: Budget, spent: Int[np.ndarray, "n t"]
+    measured: Measured, budget: Budget, every: Int[np.ndarray, "n t"]
 ) -> list[dict[str, float]]:
     """Accuracy after at most n trials, for up to `POINTS` n."""
     trials = measured.errors.shape[1]
@@ -163,7 +170,7 @@ def _curve(
         found.append(
             {
                 "trials": cap,
-                "passes": float(spent[:, cap - 1].mean()),
+                "passes": float(every[:, cap - 1].mean()),
                 "accuracy": float((answers.argmax(1) == measured.truth).mean()),
                 "balanced_accuracy": balanced_accuracy(measured.truth, answers),
             }
@@ -241,7 +248,10 @@ def _interval(
     return percentiles(bootstrap(truth, {"gain": measure}, seed=seed)["gain"])
 
 
-def render(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+def render(
+    title: str, rows: Sequence[dict[str, Any]], across: Sequence[dict[str, Any]],
+    facts: dict[str, Any],
+) -> str:  # fmt: skip
     """The page as text; `facts` are printed as they are."""
     from cytodiffusion.evaluate import plots  # matplotlib takes a while
 
@@ -250,4 +260,6 @@ def render(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) ->
         for each in rows
     ]
     plot, keys = Markup(plots.cost_curves(curves)), [plots.key(i) for i in range(len(rows))]
-    return fill("cost.html.j2", title=title, rows=rows, plot=plot, keys=keys, facts=facts)
+    return fill(
+        "cost.html.j2", title=title, rows=rows, across=across, plot=plot, keys=keys, facts=facts
+    )
