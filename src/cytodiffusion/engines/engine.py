@@ -55,7 +55,7 @@ from cytodiffusion.types import Denoiser
 
 ROWS = 16  # rows of a batch
 LEVELS = 0.1, 3.0  # lowest and highest sigma at which engines are held against torch
-GRAPH = 1  # counts changes of the graphs, so that a cached one is not mistaken for today's
+GRAPH = 2  # counts changes of the graphs, so that a cached one is not mistaken for today's
 
 # Largest difference allowed between an engine's errors and torch's, relative to torch's.
 TOLERANCES = {

@@ -81,8 +81,8 @@ class ErrorNetwork(nn.Module):
         total = (s**2 + self.sigma_data**2).sqrt()
         scaled = (clean + s * noise) / total
         grid = network.features(scaled, sigma.log() / 4, label)
+        base = network.shared(grid, scaled, sigma.log() / 4, label)
         seen = functional.pixel_unshuffle(scaled, fold)
-        base = network.base(torch.cat([grid, seen], dim=1)).float()
         out = s * self.sigma_data / total
         left = self.sigma_data**2 / total * seen + out * base
         left = left - functional.pixel_unshuffle(clean, fold)
@@ -136,6 +136,7 @@ def rounded(network: ErrorNetwork, images: Float[Tensor, "n c h w"]) -> ErrorNet
     """A copy whose inner convolutions work on 8 bits, with ranges set by these images and noise."""
     network = copy.deepcopy(network)
     ends: list[nn.Module | None] = [network.network.stem, network.network.base]
+    ends += [network.network.filters.mix]
     ends += [network.network.change.out] if network.network.change is not None else []
     inner = {
         name: layer

@@ -7,8 +7,8 @@ The same trunk comes in two forms:
                   much its guess departs from that: all guesses from one pass
     conditional   the class is an input of every block: one pass for each class
 
-The last layer also sees the noisy pixels themselves, so that the trunk need not carry them. Label K,
-one past the classes, means "any cell".
+The last layer also sees the noisy pixels themselves, through filters that depend on the noise level, so
+that the trunk need not carry them. Label K, one past the classes, means "any cell".
 """
 
 from __future__ import annotations
@@ -170,6 +170,24 @@ class Trunk(nn.Module):
         return x
 
 
+class Filters(nn.Module):
+    """Small filters on the noisy pixels, mixed according to the noise level.
+
+    Where there is little noise a guess needs the finest detail, where there is much it needs a blur: no
+    fixed filter gives both, and the trunk has too few channels to carry every pixel.
+    """
+
+    def __init__(self, pixels: int, embedding: int, copies: int = 2) -> None:
+        super().__init__()
+        self.copies = copies
+        self.gain = nn.Linear(embedding, copies * pixels)
+        self.mix = _zero(nn.Conv2d(copies * pixels, pixels, 3, padding=1))
+
+    def forward(self, folded: Float[Tensor, "n p g g"], embedding: Tensor) -> Tensor:
+        gains = 1 + self.gain(embedding)[:, :, None, None]
+        return self.mix(folded.repeat(1, self.copies, 1, 1) * gains)
+
+
 class Change(nn.Module):
     """By how much the guess of each class departs from the guess for "any cell"."""
 
@@ -202,7 +220,17 @@ class CompactNetwork(nn.Module):
         self.trunk = Trunk(settings, embedding)
         self.norm = _norm(settings.width)
         self.base = _zero(nn.Conv2d(settings.width + pixels, pixels, 3, padding=1))
+        self.filters = Filters(pixels, embedding)
         self.change = None if conditional else Change(settings, pixels)
+
+    def embedding(
+        self, log_sigma: Float[Tensor, " n"], label: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n e"]:
+        """What every block is told: the noise level, and the class in the class-conditional form."""
+        embedding = self.embed(self.fourier(log_sigma))
+        if self.label is not None and label is not None:
+            embedding = embedding + self.label(label)
+        return functional.silu(embedding)
 
     def features(
         self,
@@ -211,12 +239,20 @@ class CompactNetwork(nn.Module):
         label: Int[Tensor, " n"] | None = None,
     ) -> Float[Tensor, "n f g g"]:
         """What the trunk makes of a scaled noisy image, before the heads."""
-        embedding = self.embed(self.fourier(log_sigma))
-        if self.label is not None and label is not None:
-            embedding = embedding + self.label(label)
+        grid = self.stem(functional.pixel_unshuffle(image, self.settings.unshuffle))
+        return functional.silu(self.norm(self.trunk(grid, self.embedding(log_sigma, label))))
+
+    def shared(
+        self,
+        grid: Float[Tensor, "n f g g"],
+        image: Float[Tensor, "n c h w"],
+        log_sigma: Float[Tensor, " n"],
+        label: Int[Tensor, " n"] | None = None,
+    ) -> Float[Tensor, "n p g g"]:
+        """The guess that all heads depart from, pixels folded into channels; float32, always."""
         folded = functional.pixel_unshuffle(image, self.settings.unshuffle)
-        grid = self.stem(folded)
-        return functional.silu(self.norm(self.trunk(grid, functional.silu(embedding))))
+        guess = self.base(torch.cat([grid, folded], dim=1)).float()
+        return guess + self.filters(folded, self.embedding(log_sigma, label)).float()
 
     def forward(
         self,
@@ -231,8 +267,7 @@ class CompactNetwork(nn.Module):
             log_sigma = log_sigma.repeat_interleave(k)
             label = labels.flatten()
         grid = self.features(image, log_sigma, label)
-        folded = functional.pixel_unshuffle(image, self.settings.unshuffle)
-        guess = self.base(torch.cat([grid, folded], dim=1)).float()  # sums in float32, always
+        guess = self.shared(grid, image, log_sigma, label)
         if self.change is None:
             return self._pixels(guess).view(n, k, *image.shape[1:])
         every = torch.cat([guess[:, None] + self.change(grid), guess[:, None]], dim=1)
