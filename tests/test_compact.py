@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cytodiffusion.diffusion.precondition import EDMDenoiser
-from cytodiffusion.networks.compact import Change, CompactNetwork, CompactSettings
+from cytodiffusion.networks.compact import Change, CompactNetwork, CompactSettings, Filters
 
 K = 3
 FORMS = ("heads", "conditional")
@@ -145,3 +145,20 @@ def test_fourier_features_are_the_same_in_every_process():
     one = CompactNetwork(settings()).fourier.frequency
     torch.manual_seed(6)
     assert CompactNetwork(settings()).fourier.frequency.equal(one)
+
+
+def test_the_filters_learn_what_no_fixed_filter_can():
+    """White noise of variance 1 is kept at one noise level and turned round at the other."""
+    torch.manual_seed(0)
+    filters = Filters(pixels=4, embedding=2)
+    optimiser = torch.optim.Adam(filters.parameters(), lr=0.05)
+    levels = torch.eye(2).repeat(8, 1)  # embeddings of two noise levels in turn
+    sign = (levels[:, 0] - levels[:, 1])[:, None, None, None]
+    assert not filters(torch.randn(16, 4, 4, 4), levels).any()  # begins with no guess
+    for _ in range(200):
+        folded = torch.randn(16, 4, 4, 4)
+        loss = (filters(folded, levels) - sign * folded).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.05  # the best fixed filter leaves 1
