@@ -73,7 +73,7 @@ def main() -> None:
     first = args.out / "first"
     runs = ((first, [], ()), (args.out, ["--from", first], SECOND))
     for (out, start, changes), steps in zip(runs, STEPS[preset], strict=True):
-        if not (out / "bundle").exists():
+        if not bundle.exists() and not (out / "bundle").exists():
             values = (f"steps={steps}", f"precision={args.precision}", *changes)
             command("train", args.root, "-o", out, "--splits", splits, "--preset", preset,
                     "--device", device, *(word for v in values for word in ("--set", v)), *start,

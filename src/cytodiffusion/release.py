@@ -205,7 +205,7 @@ Names single blood cells: {classes}.
 | network | compact U-Net, {form}, {parameters:.1f} M parameters |
 | input | centre {crop:.0%} of the shorter side, at {size} px |
 | data | {data} ({train_images:,} training images) |
-| made by | {recipe}, commit {commit}, seed {seed}, {steps:,} steps |
+| made by | {recipe}, commit {commit}, seed {seed}, {steps:,} steps{begun} |
 
 ## On the held-out cells it was calibrated on
 
@@ -229,7 +229,8 @@ def make_card(
     )
     words = {"name": name, "classes": ", ".join(classes), "form": form, "rows": rows}
     shape = {"parameters": parameters / 1e6, "crop": preprocess.crop, "size": preprocess.size}
-    return CARD.format(**words, **shape, **origin)
+    begun = f", begun with the weights of {origin['start']}" if "start" in origin else ""
+    return CARD.format(**words, **shape, **origin, begun=begun)
 
 
 def _passes(budget: Budget) -> str:
