@@ -214,8 +214,6 @@ class CompactNetwork(nn.Module):
             nn.Linear(settings.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
         self.label = nn.Embedding(settings.classes + 1, embedding) if conditional else None
-        if self.label is not None:
-            nn.init.zeros_(self.label.weight)  # every class begins as "any cell"
         self.stem = nn.Conv2d(pixels, settings.width, 3, padding=1)
         self.trunk = Trunk(settings, embedding)
         self.norm = _norm(settings.width)
