@@ -34,6 +34,7 @@ MAY = {
     "engines": f"networks diffusion classify {CORE}",
     "bundle": f"{BUNDLE} {CORE}",
     "predictions": f"bundle classify data files {CORE}",
+    "synthesis": f"bundle classify data diffusion files {CORE}",
     "release": f"train classify data diffusion evaluate {CORE} __init__",
     "fleet": f"bundle predictions classify data {CORE} __init__",
     "review": f"data {CORE} __init__",

@@ -1,0 +1,94 @@
+"""`generate`: draw marked synthetic cells."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Console,
+    Device,
+    Json,
+    ModelName,
+    Out,
+    Seed,
+    cores,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from cytodiffusion.synthesis import Drawing
+
+
+def generate(
+    out: Out,
+    model: ModelName = "pbc8",
+    per_class: Annotated[int, typer.Option(min=1, help="Cells of each class.")] = 10,
+    classes: Annotated[str | None, typer.Option(help="Only these: A,B,...")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpm++, heun or ddim.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps from noise to cell.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help='Push away from "any cell"; 1: none.')
+    ] = None,
+    churn: Annotated[
+        float | None, typer.Option(min=0, help="Noise added on the way, over all steps.")
+    ] = None,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw synthetic cells: OUT/CLASS/SEED.png, marked as such, and manifest.csv.
+
+    Cells that are there are not drawn again; the same seed gives the same cell. --seed is that of the
+    first cell of every class. Synthetic cells may be trained on, and are refused as test data.
+    """
+    from cytodiffusion.bundle import load
+    from cytodiffusion.synthesis import Cell, Folder, draw_all, read_gain
+
+    console = Console(json)
+    loaded = load(model, pick_device(device), engine="torch")
+    asked = [name.strip() for name in classes.split(",")] if classes else list(loaded.classes)
+    names = [loaded.classes.names[loaded.classes.index(name)] for name in dict.fromkeys(asked)]
+    given = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
+    drawing = _drawing(given)
+    console.note(NOTICE)
+    if read_gain(loaded) is None:
+        console.note(
+            f"{loaded.name} has no drawing.json, so its cells may be grainy (recipes/drawing.py)."
+        )
+    cells = [Cell(name, seed + i) for i in range(per_class) for name in names]
+    folder = Folder(out, loaded, drawing)
+    missing = folder.begin(cells)
+    before = len(cells) - len(missing)
+    if before:
+        console.note(f"{before:,} cells are already in {out}; going on with the rest.")
+    console.start()
+    began, done = time.monotonic(), before
+    for files in draw_all(loaded, missing, drawing, cores()):
+        folder.add(files)
+        done += len(files)
+        console.progress("drawing", done, len(cells), "cells", before=before)
+    spent = time.monotonic() - began
+    there = folder.write_manifest()
+    values = {"out": str(out), "cells": there, "drawn": len(missing), **folder.about,
+              "seconds": round(spent, 3)}  # fmt: skip
+    told = f"{len(missing):,} cells drawn, {there:,} in {out}."
+    console.result(values, told)
+
+
+def _drawing(given: dict[str, Any]) -> Drawing:
+    """The settings, with those that were given in place of the usual ones. Raises SettingsError."""
+    from typing import get_args
+
+    from cytodiffusion.diffusion.sample import Sampler
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.synthesis import Drawing
+
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if wanted.get("sampler", "heun") not in get_args(Sampler):
+        known = ", ".join(get_args(Sampler))
+        raise SettingsError(f"There is no sampler '{wanted['sampler']}'. There are: {known}.")
+    return Drawing(**wanted)
