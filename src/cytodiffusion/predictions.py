@@ -48,6 +48,7 @@ class Request:
     sets: Sets = "all"  # covered over all cells, or class by class
     prior: tuple[float, ...] | None = None  # how often each class comes up; None: as in training
     answers: tuple[str, ...] | None = None  # restricts the classes that may be answered
+    light: bool = False  # brings every frame to the light of the frames the model was trained on
     batch: int = 32  # rows written at a time
     workers: int = 2
 
@@ -55,6 +56,12 @@ class Request:
         check_coverage(self.coverage)
         check_sets(self.sets)
         Classes(self.answers or ())  # none is named twice
+
+    def preprocess(self, model: Model) -> Preprocess:
+        """The bundle's, with what is asked for here laid over it."""
+        change: dict[str, Any] = {"crop": self.crop} if self.crop else {}
+        change |= {"match": "light"} if self.light else {}
+        return model.preprocess.model_copy(update=change)
 
     def fingerprint(self, model: Model) -> dict[str, Any]:
         """What decides a row, apart from the image."""
@@ -66,6 +73,7 @@ class Request:
             "engine": model.engine,
             "budget": self.budget,
             "crop": self.crop or model.preprocess.crop,
+            "match": self.preprocess(model).match,
             "coverage": self.coverage,
             "sets": self.sets,
             "prior": list(self.prior) if self.prior else None,
@@ -79,9 +87,7 @@ def name_cells(model: Model, samples: Sequence[Sample], request: Request) -> Ite
     Each of `workers` threads reads and names cells of its own on one core.
     """
     torch.set_num_threads(1)
-    preprocess, classifier = model.preprocess, model.classifier
-    if request.crop:
-        preprocess = Preprocess(size=preprocess.size, crop=request.crop)
+    preprocess, classifier = request.preprocess(model), model.classifier
     loaded: dict[int, Loaded] = {}  # of the cells in flight
     unread: Queue[Row] = Queue()
 
@@ -181,8 +187,8 @@ class Table:
             if stamp.exists() and _read_stamp(stamp) != self.stamp:
                 raise OutputError(
                     f"{self.folder} holds predictions made with another model, engine, budget, crop, "
-                    "coverage, kind of sets, prior or list of classes (see request.json there). Choose "
-                    "another folder with -o, or delete that one."
+                    "coverage, light, kind of sets, prior or list of classes (see request.json there). "
+                    "Choose another folder with -o, or delete that one."
                 )
             with whole(stamp) as part:
                 part.write_text(json.dumps(self.stamp, indent=1) + "\n")

@@ -46,6 +46,14 @@ Crop = Annotated[
         "1 takes the whole image.",
     ),
 ]
+Match = Annotated[
+    str,
+    typer.Option(
+        "--match",
+        help="Bring images of white cells to the look of those the model was trained on: light, scale "
+        "(one crop for all, from the size of their nuclei), or light,scale.",
+    ),
+]
 Coverage = Annotated[float, typer.Option("--coverage", help="Of the conformal sets.")]
 Sets = Annotated[
     str,

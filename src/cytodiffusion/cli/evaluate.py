@@ -18,6 +18,7 @@ from cytodiffusion.cli.console import (
     Engine,
     Json,
     Labels,
+    Match,
     ModelName,
     Out,
     Prior,
@@ -45,6 +46,7 @@ def evaluate(
     classes: Annotated[str | None, typer.Option(help="Restrict the answers: A,B,...")] = None,
     budget: Budget = "balanced",
     crop: Crop = None,
+    match: Match = "nothing",
     coverage: Coverage = 0.95,
     sets: Sets = "all",
     prior: Prior = "training",
@@ -56,7 +58,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL on the labelled cells of DIR: metrics.json, predictions and report.html."""
     from cytodiffusion.bundle import load
-    from cytodiffusion.cli.predict import finish, name_all, report
+    from cytodiffusion.cli.predict import finish, matching, name_all, report
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
@@ -84,7 +86,10 @@ def evaluate(
         )
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
-    request = Request(budget, crop, coverage, cast("Any", sets), shares, answers, workers=cores())
+    light, crop = matching(match, crop, samples, loaded, console)
+    request = Request(
+        budget, crop, coverage, cast("Any", sets), shares, answers, light=light, workers=cores()
+    )
     rows = name_all(loaded, samples, request, out, console, labelled=True)
     metrics = None
     if any(row["flag"] != "unreadable" for row in rows):
@@ -99,7 +104,8 @@ def evaluate(
     else:
         console.note("None of the images could be read, so there is nothing to measure.")
         (out / "metrics.json").unlink(missing_ok=True)  # of images that were there before
-    more = {"--splits": splits, "--split": split, "--taxonomy": taxonomy}
+    more = {"--splits": splits, "--split": split, "--taxonomy": taxonomy,
+            "--match": match if match != "nothing" else None}  # fmt: skip
     words = "".join(f" {option} {value}" for option, value in more.items() if value)
     call = f"cytodiffusion evaluate {source} -m {model} -o {out} --budget {budget}{words}"
     title = f"{loaded.name} on {source.name}{f', split {split}' if split else ''}"

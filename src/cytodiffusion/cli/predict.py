@@ -18,6 +18,7 @@ from cytodiffusion.cli.console import (
     Device,
     Engine,
     Json,
+    Match,
     ModelName,
     Out,
     Prior,
@@ -40,6 +41,7 @@ def predict(
     model: ModelName = "pbc8",
     budget: Budget = "balanced",
     crop: Crop = None,
+    match: Match = "nothing",
     coverage: Coverage = 0.95,
     sets: Sets = "all",
     prior: Prior = "training",
@@ -61,12 +63,36 @@ def predict(
     loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
     shares = read_prior(prior, loaded.classes.names)
-    request = Request(budget, crop, coverage, cast("Any", sets), shares, workers=cores())
     console.note(NOTICE)
+    light, crop = matching(match, crop, samples, loaded, console)
+    request = Request(
+        budget, crop, coverage, cast("Any", sets), shares, light=light, workers=cores()
+    )
     rows = name_all(loaded, samples, request, out, console)
     call = f"cytodiffusion predict {source} -m {model} -o {out} --budget {budget}"
+    call += f" --match {match}" if match != "nothing" else ""
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
     finish(rows, out, console)
+
+
+def matching(
+    match: str, crop: float | None, samples: Sequence[Sample], model: Model, console: Console
+) -> tuple[bool, float | None]:
+    """Whether to match the light, and the crop to take. Raises SettingsError."""
+    from cytodiffusion.data.load import look_of
+    from cytodiffusion.data.look import crop_for
+    from cytodiffusion.errors import SettingsError
+
+    words = {word.strip() for word in match.split(",")} - {"nothing"}
+    if words - {"light", "scale"}:
+        raise SettingsError(f"--match {match} is not one of: nothing, light, scale, light,scale.")
+    if "scale" in words:
+        if crop is not None:
+            raise SettingsError("--crop and --match scale both set the scale; give one of them.")
+        look, seen = look_of(samples)
+        crop = crop_for(model.preprocess.crop, look, model.preprocess.look)
+        console.note(f"--match scale: --crop {crop}, from the nuclei in {seen} images.")
+    return "light" in words, crop
 
 
 def name_all(
@@ -141,11 +167,10 @@ def _thumbnails(
     model: Model, samples: Sequence[Sample], rows: list[Row], request: Request, most: int = 150
 ) -> dict[str, bytes]:
     """PNGs of the strangest, the uncertain and the mistaken cells, as the network sees them."""
-    from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.load import load_one
     from cytodiffusion.data.sample import png
 
-    preprocess = Preprocess(size=model.preprocess.size, crop=request.crop or model.preprocess.crop)
+    preprocess = request.preprocess(model)
     seen = [i for i, row in enumerate(rows) if row["flag"] in ("anomalous", "uncertain")]
     seen.sort(key=lambda i: (rows[i]["flag"] != "anomalous", -float(rows[i]["anomaly"])))
     wrong = [i for i, row in enumerate(rows) if row.get("label") and row["flag"] != "unreadable"

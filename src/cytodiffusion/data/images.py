@@ -4,6 +4,7 @@
     Preprocess  the centre crop and size that a model was trained with; travels in its bundle
     to_tensor   8-bit -> [-1, 1]
 
+Before the crop a frame can be brought to the light of the frames that the model was trained on (look.py).
 The crop is a square with its side a fraction of the image's shorter side. Sampling the box goes
 through one antialiased resize, so that the same cell gives the same pixels wherever it comes from.
 """
@@ -20,6 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from cytodiffusion.data.find import Found, find_cell
+from cytodiffusion.data.look import Look, Match, matched
 from cytodiffusion.errors import UnreadableImage
 
 MAX_PIXELS = 64_000_000  # a larger image of one cell is a mistake or a decompression bomb
@@ -35,28 +38,47 @@ class Preprocess(BaseModel):
         0.55, gt=0, le=4, description="side of the centre crop / shorter side of the image"
     )
 
+    match: Match = Field("nothing", description="bring frames to the model's light, or stain too")
+    each: bool = Field(False, description="centre each cell and bring it to the model's size")
+    look: Look = Field(Look(), description="of the frames that the model was trained on")
+
     def canvas(self, image: Image.Image, margin: float = 1.0) -> UInt8[np.ndarray, "3 s s"]:
         """Centre crop, `margin` times as wide as the model's, at the model's pixels per cell.
 
-        Where the crop reaches over the edge of the image, the outermost pixels are repeated.
+        Where the crop reaches over the edge of the image, the outermost pixels are repeated. With
+        `each`, a frame in which no cell is found is cropped as it would be without.
         """
         size = round(self.size * margin)
-        side = self.crop * min(image.size) * size / self.size
-        image = _widen(image, side)
-        left, top = ((length - side) / 2 for length in image.size)
-        box = (left, top, left + side, top + side)
+        found = find_cell(image) if self.each or self.match == "stain" else None
+        x, y, side = self._square(image, found if self.each else None)
+        image = matched(image, self.match, self.look, found)
+        image, left, top = _widen(image, x, y, side * size / self.size)
+        box = (left, top, left + side * size / self.size, top + side * size / self.size)
         small = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.array(small).transpose(2, 0, 1)
 
+    def _square(self, image: Image.Image, found: Found | None) -> tuple[float, float, float]:
+        """Centre and side of the model's crop, px."""
+        if found is None:
+            return image.width / 2, image.height / 2, self.crop * min(image.size)
+        return found.x, found.y, self.crop * found.cell / self.look.cell
 
-def _widen(image: Image.Image, side: float) -> Image.Image:
-    """Repeat the outermost pixels until the image is at least `side` wide and high."""
-    add = [max(0, int(np.ceil((side - length) / 2))) for length in image.size]
-    if not any(add):
-        return image
-    width, height = add
-    pixels = np.pad(np.asarray(image), ((height, height), (width, width), (0, 0)), mode="edge")
-    return Image.fromarray(pixels)
+
+def _widen(image: Image.Image, x: float, y: float, side: float) -> tuple[Image.Image, float, float]:
+    """Repeat the outermost pixels until the square around (x, y) fits in.
+
+    Returns the image and where the square's left upper corner lies in it.
+    """
+    left, top = x - side / 2, y - side / 2
+    before = [max(0, int(np.ceil(-start))) for start in (top, left)]
+    after = [
+        max(0, int(np.ceil(start + side - length)))
+        for start, length in ((top, image.height), (left, image.width))
+    ]
+    if not any(before + after):
+        return image, left, top
+    pixels = np.pad(np.asarray(image), (*zip(before, after, strict=True), (0, 0)), mode="edge")
+    return Image.fromarray(pixels), left + before[1], top + before[0]
 
 
 def decode(data: bytes) -> Image.Image:

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from cytodiffusion.data.images import Preprocess, decode
+from cytodiffusion.data.look import Look, measure_look
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import UnreadableImage
+
+FRAMES = 300  # of a batch, evenly spread, from which its look is taken
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,19 @@ def load_images(
 def _batched(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
+
+
+def look_of(samples: Sequence[Sample]) -> tuple[Look, int]:
+    """Look of a batch, from up to `FRAMES` of its images, and in how many of them a cell was found.
+
+    Images that cannot be read are passed over. Raises DataError where no cell is found.
+    """
+    chosen = samples[:: -(-len(samples) // FRAMES)]
+    return measure_look(image for sample in chosen if (image := _decoded(sample)) is not None)
+
+
+def _decoded(sample: Sample) -> Image.Image | None:
+    try:
+        return decode(sample.read())
+    except UnreadableImage:
+        return None

@@ -1,0 +1,222 @@
+"""Cells of known place, size and stain; the same real frame at another scale and in another light."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import cli, write_discs
+from PIL import Image
+
+from cytodiffusion.data.find import find_cell, otsu
+from cytodiffusion.data.images import Preprocess, decode
+from cytodiffusion.data.load import look_of
+from cytodiffusion.data.look import Look, crop_for, matched, measure_look
+from cytodiffusion.data.sample import FileBytes, Sample
+from cytodiffusion.data.stain import Stain, background, measure_stain, optical_density, restain
+from cytodiffusion.errors import DataError
+
+FIELD = (240, 220, 200)
+NUCLEUS = (90, 40, 130)  # purple: green is held back more than blue
+CYTOPLASM = (200, 170, 185)
+RED_CELL = (205, 165, 155)
+
+
+def frame(
+    x: float = 100, y: float = 90, cell: float = 80, nucleus: float = 50, size: int = 200,
+    neighbours: tuple[tuple[float, float], ...] = ((20, 30), (180, 180), (40, 170)),
+) -> Image.Image:  # fmt: skip
+    """A white cell of known centre and diameters among red cells of diameter 40."""
+    row, column = np.mgrid[:size, :size] + 0.5
+    pixels = np.full((size, size, 3), FIELD, dtype=np.uint8)
+    for left, top in neighbours:
+        pixels[np.hypot(column - left, row - top) < 20] = RED_CELL
+    pixels[np.hypot(column - x, row - y) < cell / 2] = CYTOPLASM
+    pixels[np.hypot(column - x, row - y) < nucleus / 2] = NUCLEUS
+    return Image.fromarray(pixels)
+
+
+# --- the cell ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("x", "y"), [(100, 100), (80, 110), (125, 85)])
+@pytest.mark.parametrize(("cell", "nucleus"), [(80, 50), (110, 70), (50, 40)])
+def test_a_drawn_cell_is_found(x: float, y: float, cell: float, nucleus: float) -> None:
+    found = find_cell(frame(x, y, cell, nucleus))
+    assert found is not None
+    assert (found.x, found.y) == (pytest.approx(x, abs=3), pytest.approx(y, abs=3))
+    assert found.cell == pytest.approx(cell, rel=0.06)
+    assert found.nucleus == pytest.approx(nucleus, rel=0.06)
+    np.testing.assert_allclose(found.stain.background, FIELD, atol=2)
+    np.testing.assert_allclose(found.stain.nucleus, -np.log(np.array(NUCLEUS) / FIELD), atol=0.05)
+
+
+def test_a_neighbour_in_touch_changes_little() -> None:
+    found = find_cell(frame(100, 100, 80, 50, neighbours=((158, 100),)))
+    assert found is not None
+    assert found.cell == pytest.approx(80, rel=0.08)
+
+
+def test_lobes_are_one_nucleus_and_what_lies_between_is_cell() -> None:
+    """Two lobes in a cell that is as pale as the field."""
+    row, column = np.mgrid[:200, :200] + 0.5
+    pixels = np.full((200, 200, 3), FIELD, dtype=np.uint8)
+    for left in (88, 112):
+        pixels[np.hypot(column - left, row - 100) < 9] = NUCLEUS
+    found = find_cell(Image.fromarray(pixels))
+    assert found is not None
+    assert (found.x, found.y) == (pytest.approx(100, abs=2), pytest.approx(100, abs=2))
+    assert found.nucleus == pytest.approx(2 * 9 * np.sqrt(2), rel=0.15)
+    assert found.cell > found.nucleus
+
+
+def test_the_cell_in_the_middle_is_the_one() -> None:
+    both = np.minimum(np.asarray(frame(100, 100, 60, 40)), np.asarray(frame(25, 25, 70, 46)))
+    found = find_cell(Image.fromarray(both))
+    assert found is not None
+    assert (found.x, found.y) == (pytest.approx(100, abs=3), pytest.approx(100, abs=3))
+
+
+@pytest.mark.parametrize("colour", [FIELD, RED_CELL, (128, 128, 128)])
+def test_where_there_is_none_none_is_found(colour: tuple[int, int, int]) -> None:
+    assert find_cell(Image.new("RGB", (150, 150), colour)) is None
+
+
+def test_a_frame_of_red_cells_has_no_white_one() -> None:
+    assert find_cell(frame(cell=0, nucleus=0)) is None
+
+
+def test_a_threshold_between_two_heaps() -> None:
+    assert 1 < otsu(np.array([0.0, 0.5, 1.0, 9.0, 9.5, 10.0])) < 9
+
+
+# --- the stain -----------------------------------------------------------------------------------
+
+
+def test_a_known_gain_is_measured_and_undone() -> None:
+    """Twice the dye is the square of what comes through; another lamp is a factor."""
+    pixels = np.asarray(frame(), dtype=np.float64)
+    mask = (pixels == NUCLEUS).all(2)
+    here = measure_stain(pixels, mask)
+    gain, lamp = np.array([0.5, 0.8, 1.5]), np.array([0.9, 1.05, 0.8])
+    other = FIELD * lamp * (pixels / FIELD) ** gain
+    there = measure_stain(other, mask)
+    np.testing.assert_allclose(there.background, FIELD * lamp)
+    np.testing.assert_allclose(np.array(there.nucleus) / here.nucleus, gain)
+    np.testing.assert_allclose(restain(other, there, here), pixels, atol=1e-6)
+    np.testing.assert_allclose(restain(restain(pixels, here, there), there, here), pixels)
+
+
+def test_equal_nuclei_make_it_a_white_balance() -> None:
+    pixels = np.asarray(frame(), dtype=np.float64)
+    here, there = Stain((240, 220, 200), (1, 1, 1)), Stain((120, 220, 100), (1, 1, 1))
+    np.testing.assert_allclose(restain(pixels, here, there), pixels * [0.5, 1, 0.5])
+
+
+def test_the_field_has_no_density() -> None:
+    pixels = np.asarray(frame(), dtype=np.float64)
+    light = background(pixels)
+    np.testing.assert_allclose(light, FIELD)
+    density = optical_density(pixels, light)
+    assert density[0, 100].tolist() == [0, 0, 0]
+    assert (density >= 0).all()
+
+
+# --- the look ------------------------------------------------------------------------------------
+
+
+def test_a_batch_at_another_scale_is_cropped_to_show_the_same() -> None:
+    there, _ = measure_look([frame(cell=80, nucleus=50)])
+    here, seen = measure_look([frame(cell=120, nucleus=75), Image.new("RGB", (150, 150), FIELD)])
+    assert seen == 1
+    assert crop_for(0.5, here, there) == pytest.approx(0.75, rel=0.04)
+    with pytest.raises(DataError, match="No white cell"):
+        measure_look([Image.new("RGB", (150, 150), FIELD)])
+
+
+def test_frames_are_brought_to_one_light() -> None:
+    dim = Image.fromarray((np.asarray(frame()) * [0.7, 0.8, 0.6]).astype(np.uint8))
+    look = Look(light=FIELD)
+    found = np.asarray(matched(dim, "light", look, None)).astype(int)
+    np.testing.assert_allclose(found, np.asarray(frame()), atol=4)
+    assert matched(dim, "nothing", look, None) is dim
+
+
+def test_each_cell_can_be_centred_and_brought_to_one_size() -> None:
+    look, _ = measure_look([frame(100, 100, 80, 50)])
+    plain = Preprocess(size=32, crop=0.5, look=look).canvas(frame(100, 100, 80, 50)).astype(int)
+    one = Preprocess(size=32, crop=0.5, look=look, each=True)
+    moved = one.canvas(frame(70, 110, 120, 75, 240, ())).astype(int)
+    assert np.abs(moved - plain).mean() < 6
+    empty = Image.new("RGB", (60, 60), FIELD)  # no cell: the crop of the model
+    np.testing.assert_array_equal(one.canvas(empty)[:, 0, 0], FIELD)
+
+
+# --- in use --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [["--match", "size"], ["--match", "scale", "--crop", "1"]], ids=str
+)
+def test_a_wrong_match_writes_nothing(tmp_path: Path, words: list[str]) -> None:
+    cells = write_discs(tmp_path / "in", each=1)
+    told = cli("predict", cells, "-o", tmp_path / "out", "--device", "cpu", *words)
+    assert told.code == 2
+    assert "--match" in told.complaint
+    assert not (tmp_path / "out").exists()
+
+
+def real(folder: Path, each: int) -> list[Sample]:
+    """A few cells of each class, evenly spread."""
+    if not folder.is_dir():
+        pytest.skip(f"no real cells at {folder}")
+    found = [sorted(c.iterdir()) for c in sorted(folder.iterdir()) if c.is_dir()]
+    paths = [p for c in found for p in c[:: max(1, len(c) // each)][:each]]
+    return [Sample(p.name, None, source=FileBytes(p)) for p in paths]
+
+
+@pytest.mark.real
+def test_real_cells_are_found_at_any_scale_and_in_any_light(data_root: Path) -> None:
+    """The same frame at half the pixels and in another light: the same cell."""
+    for sample in real(data_root / "raabin", 3):
+        image = decode(sample.read())
+        first = find_cell(image)
+        assert first is not None
+        assert 0.2 < first.nucleus / min(image.size) < first.cell / min(image.size) < 1
+        assert np.hypot(first.x - image.width / 2, first.y - image.height / 2) < 0.25 * image.width
+        half = find_cell(image.resize((image.width // 2, image.height // 2)))
+        dim = find_cell(Image.fromarray((np.asarray(image) * [0.8, 0.9, 0.7]).astype(np.uint8)))
+        assert half is not None
+        assert dim is not None
+        assert 2 * half.nucleus == pytest.approx(first.nucleus, rel=0.1)
+        assert dim.nucleus == pytest.approx(first.nucleus, rel=0.05)
+
+
+@pytest.mark.real
+def test_the_cells_of_raabin_are_larger_than_those_of_pbc(data_root: Path) -> None:
+    look, seen = look_of(real(data_root / "raabin", 6))
+    assert seen >= 29
+    assert 1.25 < look.nucleus / Look().nucleus < 1.7
+    with (data_root / "pbc" / "splits.csv").open(newline="") as file:
+        val = [r["path"] for r in csv.DictReader(file) if r["split"] == "val"
+               and r["label"] in ("basophil", "lymphocyte", "monocyte", "neutrophil")]  # fmt: skip
+    same, _ = look_of([Sample(p, None, source=FileBytes(data_root / "pbc" / p)) for p in val[::20]])
+    assert same.nucleus == pytest.approx(Look().nucleus, rel=0.12)
+    np.testing.assert_allclose(same.light, Look().light, atol=6)
+
+
+@pytest.mark.real
+def test_matching_is_said_and_kept(data_root: Path, tmp_path: Path) -> None:
+    """`predict --match` on real cells: the crop is told, and belongs to the request."""
+    (tmp_path / "in").mkdir()
+    for i, sample in enumerate(real(data_root / "raabin", 2)):
+        decode(sample.read()).save(tmp_path / "in" / f"{i}.png")
+    words = ["predict", tmp_path / "in", "-o", tmp_path / "out", "--device", "cpu"]
+    told = cli(*words, "--match", "light,scale")
+    assert told.code == 0, told.err
+    assert "--match scale: --crop 0." in told.err
+    again = cli(*words)
+    assert again.code == 2
+    assert "light" in again.complaint
