@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from cytodiffusion.evaluate.cost import Measured
 
 
+ONE_PASS = "paper in one pass"
+
+
 def cost(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Out,
@@ -91,8 +94,8 @@ def _procedures(text: str, models: Sequence[Model]) -> list[str]:
     from cytodiffusion.evaluate.cost import PROCEDURES
 
     names = [name.strip() for name in text.split(",")]
-    if not all(model.classifier.together for model in models):
-        names = [name for name in names if name != "paper in one pass"]  # needs a head a class
+    if names == [ONE_PASS] and not any(model.classifier.together for model in models):
+        raise SettingsError(f"'{ONE_PASS}' needs a network with a head for each class; none has.")
     for name in names:
         if name not in PROCEDURES:
             raise SettingsError(
@@ -134,12 +137,13 @@ def _measure(
     model: Model, names: Sequence[str], samples: Sequence[Sample], classes: Sequence[int],
     crop: float | None, out: Path, console: Console,
 ) -> dict[str, Measured]:  # fmt: skip
-    """What each procedure measures with this model."""
+    """What each procedure measures with this model; in one pass only where it has heads."""
     import torch
 
     torch.set_num_threads(1)  # one for each worker
-    found = {name: _one(model, name, samples, classes, crop, out, console) for name in names}
-    console.unread += len(samples) - len(found[names[0]].truth)
+    able = [name for name in names if model.classifier.together or name != ONE_PASS]
+    found = {name: _one(model, name, samples, classes, crop, out, console) for name in able}
+    console.unread += max((len(samples) - len(each.truth) for each in found.values()), default=0)
     return found
 
 
