@@ -12,7 +12,18 @@ from typing import Annotated
 import typer
 
 from cytodiffusion import __version__
-from cytodiffusion.cli import bench, data, demo, doctor, evaluate, generate, models, predict, train
+from cytodiffusion.cli import (
+    bench,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    generate,
+    models,
+    predict,
+    train,
+)
 from cytodiffusion.cli.console import NOTICE, plain
 from cytodiffusion.errors import CytoDiffusionError
 
@@ -30,6 +41,7 @@ app.command("train")(train.train)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("explain")(explain.explain)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 app.command("doctor")(doctor.doctor)

@@ -1,0 +1,316 @@
+"""`bench explain`: do the maps of `explain` show what the classifier goes by?"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Console,
+    Crop,
+    Device,
+    Engine,
+    Json,
+    ModelName,
+    Out,
+    Seed,
+    cores,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from cytodiffusion.bundle import Model
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.evaluate.attributes import Words
+    from cytodiffusion.evaluate.baselines import Baseline
+    from cytodiffusion.evaluate.faithful import Judge
+    from cytodiffusion.explain.counterfactual import Map, Settings
+
+Told = dict[str, Any]
+START = 1.0  # noise level that the drawings begin with, image units
+KIND = 2  # of what is kept of a cell: what was kept otherwise is measured anew
+
+
+def faithful(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
+    out: Out,
+    model: ModelName = "pbc8",
+    splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split to measure on.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=2, help="About this many cells, as many of each class.")
+    ] = 80,
+    attributes: Annotated[
+        Path | None, typer.Option(help="WBCAtt's table: do maps look where its words say?")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Folder of a convolutional baseline, for Grad-CAM.")
+    ] = None,
+    crop: Crop = None,
+    engine: Engine = "auto",
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Deletion and insertion against random, edge and centre maps, flips, stability over seeds.
+
+    OUT/results.json and report.html. Run again, cells that were measured are not measured anew.
+    """
+    from cytodiffusion.bundle import load
+    from cytodiffusion.evaluate.attributes import Words
+    from cytodiffusion.evaluate.explained import render, summarise
+    from cytodiffusion.evaluate.report import write_page
+    from cytodiffusion.explain.counterfactual import Settings
+    from cytodiffusion.files import write_file
+    from cytodiffusion.release import commit
+
+    console = Console(json)
+    loaded = load(model, pick_device(device), engine)
+    names = loaded.classes.names
+    words = Words.read(attributes, names, loaded.taxonomy) if attributes else None
+    other = _baseline(baseline, loaded) if baseline else None
+    console.note(NOTICE)
+    work = Work(loaded, Settings(seed=seed), words, other, crop)
+    samples, classes = _samples(work, source, splits, split, limit, seed)
+    cells = _measure(work, samples, classes, out, console)
+    call = ["cytodiffusion", "bench", "explain", source, "-o", out, "-m", model, "--limit", limit]
+    given = {"--splits": splits, "--split": split, "--attributes": attributes,
+             "--baseline": baseline, "--crop": crop, "--seed": seed}  # fmt: skip
+    call += [part for pair in given.items() if pair[1] is not None for part in pair]
+    facts = {
+        "command": shlex.join(map(str, call)),
+        "seed": seed,
+        "model": loaded.name,
+        "weights": loaded.weights_sha256[:12],
+        "engine": loaded.engine,
+        "commit": commit(),
+    }
+    values = summarise(cells, seed)
+    write_file(out / "results.json", _text(values | facts), "the results")
+    write_page(out / "report.html", render(f"Maps of {source.name}", values, facts))
+    console.result(values | facts, "\n".join([*_lines(values), f"See {out}."]))
+    if console.unread:
+        raise typer.Exit(1)
+
+
+def _baseline(folder: Path, model: Model) -> Baseline:
+    """Raises ModelError for one that does not see the same images and know the same classes."""
+    from cytodiffusion.errors import ModelError
+    from cytodiffusion.evaluate.baselines import Baseline
+
+    if not (folder / "baseline.json").is_file():
+        raise ModelError(f"{folder} is no baseline: it has no baseline.json.")
+    found = Baseline.load(folder, str(model.classifier.device))
+    same = found.preprocess.size == model.preprocess.size, found.classes == model.classes
+    if not all(same):
+        raise ModelError(f"The baseline {folder} has another image size or other classes.")
+    return found
+
+
+def _samples(
+    work: Work, source: Path, splits: Path | None, split: str | None, limit: int, seed: int
+) -> tuple[list[Sample], list[int]]:
+    """Labelled images, as many of each class, and the columns of their classes. Raises DataError."""
+    import numpy as np
+
+    from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.release import class_index
+
+    found = [s for s in read_dataset(source, splits=splits, split=split) if s.label is not None]
+    if not found:
+        raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
+    names, taxonomy = work.model.classes.names, work.model.taxonomy
+    truth = np.array([class_index(sample.label, names, taxonomy) for sample in found])
+    rows = np.sort(race_part(truth, limit, seed))
+    return [found[i] for i in rows], truth[rows].tolist()
+
+
+def _measure(
+    work: Work, samples: Sequence[Sample], classes: Sequence[int], out: Path, console: Console
+) -> list[Told]:
+    """What is measured of each cell, from OUT where that was measured before."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    from cytodiffusion.files import write_file, writing_to
+
+    torch.set_num_threads(1)  # each of the workers has a core
+    found, before = list[Told](), 0
+    console.start()
+    with writing_to(out / "measured"), ThreadPoolExecutor(cores()) as pool:
+        tasks = pool.map(work.cell, samples, classes, [out] * len(samples))
+        for done, (path, told) in enumerate(tasks, start=1):
+            if "problem" in told:
+                console.unread += 1
+                console.note(f"Not read: {told['path']}: {told['problem']}")
+                continue
+            before += path is None
+            if path is not None:
+                write_file(path, _text(told), "what was measured")
+            found.append(told)
+            console.progress("measuring", done, len(samples), "cells", before=before)
+    if before:
+        console.note(f"{before:,} cells were measured before; see {out / 'measured'}.")
+    return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """How each cell is measured."""
+
+    model: Model
+    settings: Settings
+    words: Words | None
+    baseline: Baseline | None
+    crop: float | None
+
+    @cached_property
+    def key(self) -> str:
+        """What decides a measurement, apart from the image."""
+        import hashlib
+
+        checksums = (self.model.folder / "checksums.json").read_text()
+        about = [KIND, checksums, self.settings, self.crop, self.model.engine]
+        about += [self.words is not None, self.baseline and self.baseline.trained]
+        return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+
+    def cell(self, sample: Sample, label: int, out: Path) -> tuple[Path | None, Told]:
+        """Where to keep it, and what is measured of a cell; None where it is kept already."""
+        import json
+
+        from cytodiffusion.data.images import to_tensor
+        from cytodiffusion.data.load import load_one
+
+        preprocess = self.model.preprocess
+        if self.crop:
+            preprocess = preprocess.model_copy(update={"crop": self.crop})
+        item = load_one(sample, preprocess)
+        if item.pixels is None:
+            return None, {"path": sample.name, "problem": item.problem}
+        path = out / "measured" / f"{item.sha256[:16]}-{self.key}.json"
+        if path.exists():
+            return None, json.loads(path.read_text())
+        image = to_tensor(item.pixels).to(self.model.classifier.device)
+        told = {"path": sample.name, "sha256": item.sha256, "label": label}
+        return path, told | self.measure(image, item.sha256, sample.name)
+
+    def measure(self, image: Any, digest: str, name: str) -> Told:
+        """Everything that is measured of one cell, `image` being on the model's device."""
+        import numpy as np
+
+        from cytodiffusion.evaluate.explained import stability
+        from cytodiffusion.evaluate.faithful import Judge
+        from cytodiffusion.explain.counterfactual import measure
+
+        judge, clean = Judge(self.model.classifier), image.cpu().numpy()
+        order = np.argsort(-judge.probabilities([clean])[0], kind="stable").tolist()
+        maps = dict(zip(order[1:], measure(self.model.denoiser, image, digest, order, self.settings),
+                        strict=True))  # fmt: skip
+        own, other = order[:2]
+        settings = self.settings.model_copy(update={"seed": self.settings.seed + 1})
+        (again,) = measure(self.model.denoiser, image, digest, [own, other], settings)
+        first = maps[other]
+        return {
+            "own": self.model.classes.names[own],
+            "other": self.model.classes.names[other],
+            "curves": self.curves(judge, image, digest, first, own, other),
+            "flips": self.flips(judge, image, digest, first, own, other),
+            "stability": stability(first.light, first.light_error, again.light, again.light_error),
+            "shown": float(first.shown.mean()),
+            "attributes": self.look(clean, maps, name),
+        }
+
+    def curves(
+        self, judge: Judge, image: Any, digest: str, found: Map, own: int, other: int
+    ) -> dict[str, Any]:
+        """Deletion and insertion for each reference and each ranking of the pixels."""
+        import numpy as np
+
+        from cytodiffusion.evaluate.faithful import blurred, curves, grad_cam, joined, rivals
+        from cytodiffusion.explain.counterfactual import neutral
+
+        seed, clean = self.settings.seed, image.cpu().numpy()
+        rng = np.random.default_rng([seed, int(digest[:8], 16)])
+        rankings = {"map": found.support, "strength": found.strength, **rivals(clean, rng)}
+        if self.baseline:
+            rankings["Grad-CAM"] = grad_cam(self.baseline, clean, own, other)
+        anyone = neutral(self.model.denoiser, self.model.classes, image, digest, seed).cpu().numpy()
+        references = {"any cell": anyone, "blurred": blurred(clean)}
+        return {
+            name: {
+                ranking: curve.tolist()
+                for ranking, curve in joined(
+                    curves(
+                        clean, reference, rankings, lambda some: judge.log_odds(some, own, other)
+                    )
+                ).items()
+            }
+            for name, reference in references.items()
+        }
+
+    def flips(
+        self, judge: Judge, image: Any, digest: str, found: Map, own: int, other: int
+    ) -> dict[str, bool]:
+        """Which images are named as the other class: see evaluate/explained.html.j2."""
+        from cytodiffusion.explain.counterfactual import redraw
+
+        settings = self.settings.model_copy(update={"starts": (START,)})
+        drawn = redraw(self.model.denoiser, image, digest, [own, other], settings)[0].cpu().numpy()
+        clean, difference = image.cpu().numpy(), drawn[1] - drawn[0]
+        shown = {
+            "drawn": drawn[1],
+            "difference": clean + difference,
+            "turned": clean + difference[:, ::-1, ::-1],
+            "change": clean + found.change,
+        }
+        told = judge.probabilities([one.clip(-1, 1) for one in shown.values()])
+        return dict(zip(shown, (told.argmax(1) == other).tolist(), strict=True))
+
+    def look(self, clean: Any, maps: dict[int, Map], name: str) -> list[Told] | None:
+        """What the maps to the classes that have words do, beside what the words say they should."""
+        from pathlib import PurePosixPath
+
+        from cytodiffusion.evaluate.attributes import look
+
+        cell = self.words.cells.get(PurePosixPath(name).stem) if self.words else None
+        if self.words is None or cell is None:
+            return None
+        names = self.model.classes.names
+        changes = {names[k]: found.change for k, found in maps.items()
+                   if names[k] in self.words.shares}  # fmt: skip
+        return look(clean, changes, cell, self.words)
+
+
+def _text(values: dict[str, Any]) -> bytes:
+    import json
+
+    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _lines(values: dict[str, Any]) -> list[str]:
+    """The results for a terminal."""
+    from cytodiffusion.evaluate.explained import said
+
+    lines = [f"{values['cells']} cells. By how much the map beats others, nats (95 %):"]
+    for reference, rivals in values["gains"].items():
+        lines += [
+            f"  {reference:<10}{name:<12}deletion {said(gain['deletion'])}  "
+            f"insertion {said(gain['insertion'])}"
+            for name, gain in rivals["map"].items()
+        ]
+    flips, stable = values["flips"], values["stability"]
+    return [
+        *lines,
+        "Named as the other class: " + ", ".join(f"{k} {said(v)}" for k, v in flips.items()),
+        f"Two seeds correlate {said(stable['correlation'])}, expected {said(stable['expected'])}",
+    ]
