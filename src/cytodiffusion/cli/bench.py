@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cytodiffusion.cli import cost, uncertainty
+from cytodiffusion.cli import cost, faithful, uncertainty
 
 app = typer.Typer(
     help="The paper's experiments, against other procedures and against people.",
@@ -12,4 +12,5 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("cost")(cost.cost)
+app.command("explain")(faithful.faithful)
 app.command("uncertainty")(uncertainty.uncertainty)
