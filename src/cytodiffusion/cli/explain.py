@@ -133,12 +133,12 @@ class Work:
             preprocess = preprocess.model_copy(update={"crop": self.crop})
         return load_one(sample, preprocess)
 
-    def others(self, probabilities: Sequence[float]) -> tuple[str, list[str]]:
+    def others(self, probabilities: Any) -> tuple[str, list[str]]:
         """The name of a cell, and the classes to explain it against."""
         import numpy as np
 
         names = self.model.classes.names
-        first, second = np.argsort(-np.asarray(probabilities), kind="stable")[:2]
+        first, second = np.argsort(-probabilities, kind="stable")[:2]
         wanted = self.against or [names[second]]
         return names[first], [name for name in wanted if name != names[first]]
 
