@@ -70,6 +70,16 @@ def test_noise_is_of_seed_class_and_step(model: Model) -> None:
     assert not torch.allclose(still, moved, atol=1e-3)
 
 
+def test_the_last_looks_are_a_mean_of_guesses(model: Model) -> None:
+    """With the noise of a look so small that nothing is to be seen, the cell stays as it is."""
+    drawn, looked = (
+        draw(model, CELLS[:2], Drawing(steps=4, looks=looks, look_sigma=1e-4)) for looks in (0, 3)
+    )
+    torch.testing.assert_close(looked, drawn, atol=1e-3, rtol=0)
+    blurred = draw(model, CELLS[:2], Drawing(steps=4, looks=3, look_sigma=0.5))
+    assert not torch.allclose(blurred, drawn, atol=0.05)
+
+
 def test_every_pose_has_its_turn() -> None:
     """A guess that sees its upper left corner: over eight steps every corner is seen twice."""
     corner = turning(lambda noisy, sigma: noisy * (torch.arange(16).view(4, 4) == 0))
@@ -83,9 +93,9 @@ def test_the_gain_of_a_bundle_is_used(tiny: Tiny, model: Model, tmp_path: Path) 
     bundle = tiny.copy(tmp_path / "spoilt")
     save_gain(bundle, Gain(np.array([0.1, 10.0]), np.array([0.0, 1.0]), np.zeros((2, 2))))
     assert verify(bundle) < 2e-3
-    found = draw(load(bundle), CELLS[:2], Drawing(steps=3, churn=0.0))
+    found = draw(load(bundle), CELLS[:2], Drawing(steps=3, churn=0.0, looks=0))
     assert found.std().item() == pytest.approx(20, rel=0.1)
-    assert draw(model, CELLS[:2], Drawing(steps=3, churn=0.0)).std() < 5
+    assert draw(model, CELLS[:2], Drawing(steps=3, churn=0.0, looks=0)).std() < 5
 
 
 # --- a folder of cells ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cytodiffusion.cli import cost, faithful, uncertainty
+from cytodiffusion.cli import cost, faithful, fidelity, uncertainty
 
 app = typer.Typer(
     help="The paper's experiments, against other procedures and against people.",
@@ -13,4 +13,5 @@ app = typer.Typer(
 )
 app.command("cost")(cost.cost)
 app.command("explain")(faithful.faithful)
+app.command("fidelity")(fidelity.fidelity)
 app.command("uncertainty")(uncertainty.uncertainty)
