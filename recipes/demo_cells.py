@@ -2,8 +2,8 @@
 
     python recipes/demo_cells.py -m pbc8 -o src/cytodiffusion/demo
 
-Each cell is drawn by the model in MODEL with guidance, from a seed of its own, and marked as
-synthetic. manifest.csv names the class that was asked for.
+As `cytodiffusion generate` draws them, in one flat folder. manifest.csv names the class that was asked
+for.
 """
 
 from __future__ import annotations
@@ -13,16 +13,9 @@ import csv
 import shutil
 from pathlib import Path
 
-import torch
-
 from cytodiffusion.bundle import load
-from cytodiffusion.classify.draws import standard_normal
-from cytodiffusion.data.images import to_pixels
-from cytodiffusion.data.mark import Mark, marked_png
-from cytodiffusion.diffusion.noise import karras_sigmas
-from cytodiffusion.diffusion.sample import guided, sample
-
-STEPS, SIGMA_MAX = 32, 20.0
+from cytodiffusion.cli.console import cores
+from cytodiffusion.synthesis import Cell, Drawing, draw_all
 
 
 def main() -> None:
@@ -30,26 +23,23 @@ def main() -> None:
     parser.add_argument("-m", "--model", default="pbc8")
     parser.add_argument("-o", "--out", type=Path, default=Path("src/cytodiffusion/demo"))
     parser.add_argument("--per-class", type=int, default=6)
-    parser.add_argument("--guidance", type=float, default=1.0)
     args = parser.parse_args()
-    model = load(args.model)
+    model = load(args.model, engine="torch")
+    cells = [
+        Cell(name, 1000 * column + i)
+        for column, name in enumerate(model.classes)
+        for i in range(args.per_class)
+    ]
+    drawn = [pair for batch in draw_all(model, cells, Drawing(), cores()) for pair in batch]
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    size, rows = model.preprocess.size, []
-    weights = model.weights_sha256
-    for column, name in enumerate(model.classes):
-        seeds = range(1000 * column, 1000 * column + args.per_class)
-        noise = torch.stack([standard_normal((3, size, size), seed, "demo", 0) for seed in seeds])
-        labels = torch.full((len(noise),), column)
-        guess = guided(model.denoiser, labels, model.classes.any, args.guidance)
-        *_, drawn = sample(guess, noise, karras_sigmas(STEPS, sigma_max=SIGMA_MAX))
-        for seed, pixels in zip(seeds, to_pixels(drawn), strict=True):
-            file = f"{name}_{seed:04}.png"
-            mark = Mark(model.name, weights, seed, name)
-            (args.out / file).write_bytes(marked_png(pixels, mark))
-            rows.append({"path": file, "label": name})
-    with (args.out / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["path", "label"], lineterminator="\n")
+    rows = []
+    for cell, data in drawn:
+        file = f"{cell.label}_{cell.seed:04}.png"
+        (args.out / file).write_bytes(data)
+        rows.append({"path": file, "label": cell.label})
+    with (args.out / "manifest.csv").open("w", newline="") as table:
+        writer = csv.DictWriter(table, ["path", "label"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     print(f"Drew {len(rows)} cells into {args.out}.")
