@@ -281,3 +281,13 @@ def test_strangeness_is_read_where_every_class_was_in(apart):
         np.testing.assert_array_equal(
             reader.anomaly(some)[rows], reader.anomaly(every[rows, :count])
         )
+
+
+def test_cells_that_have_all_lost_a_class_are_still_judged(apart):
+    """None of them is whole, so that none is strange."""
+    images, _, names = cells(5, 8)
+    errors = measured(images, names)[:, :2]
+    errors[:, 1, [0, K]] = np.nan
+    stays = apart["balanced"].reader(errors)
+    assert not stays[:, 0].any()
+    assert stays[:, 1:].any(1).all()

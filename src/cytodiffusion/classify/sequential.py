@@ -68,8 +68,8 @@ class Sequence:
         depth = self.depths[errors.shape[1] - 1]
         logits = depth.posterior.logits(errors[:, :, :-1])
         strange = np.zeros(len(errors), dtype=bool)
-        if self.rule.cautious and self.rule.threshold < NEVER:
-            whole = ~np.isnan(errors).any((1, 2))
+        whole = ~np.isnan(errors).any((1, 2))
+        if self.rule.cautious and self.rule.threshold < NEVER and whole.any():
             strange[whole] = _anomaly(depth, errors[whole]) > depth.anomalies.limit
         return staying(logits, strange, depth.gate, self.rule)
 

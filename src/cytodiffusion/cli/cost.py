@@ -206,12 +206,11 @@ def _one(
 
     from cytodiffusion.evaluate.cost import Measured, run
     from cytodiffusion.files import writing_to
-    from cytodiffusion.release import commit
 
     preprocess = model.preprocess.model_copy(update={"crop": crop}) if crop else model.preprocess
     checksums = (model.folder / "checksums.json").read_text()
     cells = [(sample.name, _sha256(sample)) for sample in samples]
-    about = (checksums, cells, list(classes), preprocess, model.engine, cores(), commit())
+    about = (checksums, cells, list(classes), preprocess, model.engine, cores(), _code())
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
     path = out / "measured" / f"{model.name}-{name.replace(' ', '-')}-{key}.npz"
     if path.exists():
@@ -222,6 +221,17 @@ def _one(
     with writing_to(path.parent):
         measured.save(path)
     return measured
+
+
+def _code() -> str:
+    """sha256 of the code that decides what is measured, so that another's is not taken for it."""
+    import hashlib
+
+    here = Path(__file__).parents[1]
+    parts = ("classify", "data", "diffusion", "engines", "networks")
+    paths = [path for part in parts for path in sorted((here / part).glob("*.py"))]
+    paths += [here / "evaluate" / "cost.py", here / "evaluate" / "views.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _sha256(sample: Sample) -> str:
