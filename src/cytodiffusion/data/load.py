@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,7 +13,7 @@ from PIL import Image
 
 from cytodiffusion.data.images import Preprocess, decode
 from cytodiffusion.data.look import Look, measure_look
-from cytodiffusion.data.sample import Sample
+from cytodiffusion.data.sample import Sample, Source, png
 from cytodiffusion.errors import UnreadableImage
 
 FRAMES = 300  # of a batch, evenly spread, from which its look is taken
@@ -68,3 +68,28 @@ def _decoded(sample: Sample) -> Image.Image | None:
         return decode(sample.read())
     except UnreadableImage:
         return None
+
+
+@dataclass(frozen=True)
+class Reframed:
+    """An image file in a frame `factor` times as wide, the outermost pixels repeated where needed.
+
+    So cells of several laboratories have one scale for one crop, and can be trained on together.
+    """
+
+    source: Source
+    factor: float
+
+    def __call__(self) -> bytes:
+        image = decode(self.source())
+        side = max(8, round(self.factor * min(image.size)))
+        return png(Preprocess(size=side, crop=self.factor).canvas(image).transpose(1, 2, 0).copy())
+
+
+def reframed(samples: Sequence[Sample], crop: float, wanted: float) -> list[Sample]:
+    """Samples that show with the crop `wanted` what they showed with `crop`."""
+    factor = crop / wanted
+    return [
+        sample if sample.source is None else replace(sample, source=Reframed(sample.source, factor))
+        for sample in samples
+    ]

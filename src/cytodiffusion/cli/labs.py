@@ -1,0 +1,322 @@
+"""What `bench shift` does with the sets of several laboratories: list, train, measure, keep."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cytodiffusion.cli.console import Console, cores
+
+if TYPE_CHECKING:
+    from cytodiffusion.bundle import Model
+    from cytodiffusion.data.look import Look
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.data.taxonomy import Taxonomy
+    from cytodiffusion.evaluate.baselines import Baseline, Kind
+    from cytodiffusion.evaluate.cost import Measured
+    from cytodiffusion.evaluate.shift import Step, Told
+    from cytodiffusion.train.settings import TrainSettings
+
+Parts = dict[str, "Sequence[Sample]"]
+COPIES = 8  # of the images of a small set, at most, when sets are trained on together
+SHARE = 4  # a set is repeated until it has a fourth of the images of the largest one
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The labelled cells of one laboratory whose class is among the answers."""
+
+    name: str
+    samples: Sequence[Sample]  # labels are names of answers
+    truth: list[int]  # columns of the answers
+    look: Look  # of its frames, measured without labels
+
+    @property
+    def parts(self) -> Parts:
+        """Training and held-out cells."""
+        return {part: [s for s in self.samples if s.split == part] for part in ("train", "val")}
+
+    def held(self, count: int | None, seed: int) -> Lab:
+        """The held-out cells; about `count` of them, as many of each class, where that is given."""
+        import numpy as np
+
+        from cytodiffusion.classify.fit import race_part
+
+        rows = np.array([i for i, sample in enumerate(self.samples) if sample.split == "val"])
+        if count is not None:
+            rows = rows[np.sort(race_part(np.array(self.truth)[rows], count, seed))]
+        chosen = rows.tolist()
+        return replace(
+            self,
+            samples=[self.samples[i] for i in chosen],
+            truth=[self.truth[i] for i in chosen],
+        )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all stages share."""
+
+    out: Path
+    settings: TrainSettings
+    labels: Taxonomy
+    seed: int
+    device: str
+    engine: str
+    console: Console
+
+    def matched(self) -> Bench:
+        """The same, training on frames that were brought to one light."""
+        preprocess = self.settings.preprocess.model_copy(update={"match": "light"})
+        return replace(self, settings=self.settings.model_copy(update={"preprocess": preprocess}))
+
+
+def settings_of(preset: str, changes: list[str]) -> TrainSettings:
+    """Settings of what is trained here. Raises SettingsError."""
+    from cytodiffusion.train.settings import make_settings
+
+    return make_settings(preset, changes)
+
+
+# --- listing -------------------------------------------------------------------------------------
+
+
+def list_labs(
+    bench: Bench, train: Path, foreign: Sequence[Path], splits: Path | None, model: str | None
+) -> tuple[list[Lab], list[str]]:
+    """The training laboratory first, and the classes that are asked for.
+
+    Those are the model's, or the training set's, that some foreign set has. Cells of other classes are
+    left out, and named. Raises DataError.
+    """
+    from cytodiffusion.bundle import load
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.release import class_names
+
+    sets = {train: read_dataset(train, splits=splits)}
+    sets |= {folder: read_dataset(folder) for folder in foreign}
+    if len(sets) <= len(foreign) or len({folder.resolve().name for folder in sets}) < len(sets):
+        raise DataError(
+            "Two sets have one name. Give every --foreign once, and folders of their own names."
+        )
+    known = (
+        load(model).classes.names if model else class_names(_labelled(sets[train]), bench.labels)
+    )
+    resolved = {
+        folder: [bench.labels.resolve(str(s.label), known) for s in _labelled(samples)]
+        for folder, samples in sets.items()
+    }
+    abroad = {name for folder in foreign for name in resolved[folder]}
+    answers = [name for name in known if name in abroad]
+    if len(answers) < 2:
+        raise DataError(
+            f"The foreign sets have {len(answers)} of the classes {', '.join(known)}; two are needed."
+        )
+    labs = [
+        _lab(bench, folder, _labelled(samples), resolved[folder], answers)
+        for folder, samples in sets.items()
+    ]
+    return labs, answers
+
+
+def _labelled(samples: Sequence[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.label is not None]
+
+
+def _lab(
+    bench: Bench, folder: Path, samples: Sequence[Sample], names: Sequence[str | None],
+    answers: Sequence[str],
+) -> Lab:  # fmt: skip
+    """The cells that can be asked about, dealt into train and val where the set has no splits."""
+    from cytodiffusion.data.load import look_of
+    from cytodiffusion.data.split import split
+    from cytodiffusion.errors import DataError
+
+    kept = [
+        replace(sample, label=name)
+        for sample, name in zip(samples, names, strict=True)
+        if name in answers
+    ]
+    if not kept:
+        raise DataError(f"{folder} has no cell of the classes {', '.join(answers)}.")
+    if len(kept) < len(samples):
+        others = {
+            str(s.label) for s, name in zip(samples, names, strict=True) if name not in answers
+        }
+        bench.console.note(
+            f"{folder.name}: {len(samples) - len(kept)} cells of other classes are left out "
+            f"({', '.join(sorted(others))})."
+        )
+    if all(sample.split is None for sample in kept):
+        dealt = {r.name: r.split for r in split(kept, {"train": 0.8, "val": 0.2}, seed=bench.seed)}
+        kept = [replace(sample, split=dealt[sample.name]) for sample in kept]
+    look, seen = look_of(kept)
+    bench.console.note(
+        f"{folder.name}: {len(kept)} cells; nucleus / frame {look.nucleus:.3f} ({seen} seen)."
+    )
+    truth = [list(answers).index(str(sample.label)) for sample in kept]
+    return Lab(folder.resolve().name, kept, truth, look)
+
+
+def join(bench: Bench, labs: Sequence[Lab]) -> Parts:
+    """Cells of several laboratories at one scale; those of small sets several times."""
+    from cytodiffusion.data.load import reframed
+    from cytodiffusion.data.look import crop_for
+
+    plain = bench.settings.preprocess
+    most = max(len(lab.parts["train"]) for lab in labs)
+    parts: dict[str, list[Sample]] = {"train": [], "val": []}
+    for lab in labs:
+        crop = crop_for(plain.crop, lab.look, plain.look)
+        copies = max(1, min(COPIES, round(most / SHARE / max(1, len(lab.parts["train"])))))
+        parts["train"] += reframed(lab.parts["train"], crop, plain.crop) * copies
+        parts["val"] += reframed(lab.parts["val"], crop, plain.crop)
+    return dict(parts)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def find_model(bench: Bench, model: str | None, labs: Sequence[Lab]) -> Model:
+    """The model that was asked for, or one trained on the first laboratory."""
+    from cytodiffusion.bundle import load
+
+    if model is not None:
+        return load(model, bench.device, bench.engine)
+    return train_model(bench, bench.out, labs[0].parts)
+
+
+def train_model(bench: Bench, folder: Path, parts: Parts) -> Model:
+    """Trained as `train` does, or read where that was done before."""
+    import typer
+
+    from cytodiffusion.bundle import load
+    from cytodiffusion.cli.train import run_training, write_bundle
+
+    key = _key((bench.settings, [(s.name, s.label) for s in parts["train"]]))
+    run_folder = folder / f"run-{key}"
+    if not (run_folder / "bundle" / "config.json").exists():
+        console, labels = bench.console, bench.labels
+        run, held = run_training(parts, run_folder, bench.settings, bench.device, labels, console)
+        if run is None:
+            raise typer.Exit  # a helper process of a run over several
+        origin = {"data": folder.name}
+        write_bundle(run, held, run_folder / "bundle", "ours", origin, labels, console)
+    return load(run_folder / "bundle", bench.device, bench.engine)
+
+
+def make_baseline(
+    bench: Bench, folder: Path, parts: Parts, answers: Sequence[str], kind: Kind, minutes: float
+) -> Baseline:
+    """Trained on the same images and augmentation; its best learning rate is chosen on val."""
+    import torch
+
+    from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings, train_baseline
+    from cytodiffusion.files import writing_to
+    from cytodiffusion.release import load_pixels
+
+    settings, console = bench.settings, bench.console
+    wanted = BaselineSettings(kind=kind, minutes=minutes, balance=settings.balance, seed=bench.seed)
+    about = (wanted, settings.preprocess, settings.augmentation, [s.name for s in parts["train"]])
+    place = folder / "baselines" / f"{kind}-{_key(about)}"
+    if (place / "baseline.json").exists():
+        console.note(f"{kind}: trained before, see {place}.")
+        return Baseline.load(place, bench.device)
+    pixels = {}
+    for part, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
+        work = load_pixels(parts[part], answers, settings.preprocess, margin, cores(), bench.labels)
+        pixels[part] = console.follow(work, f"reading {part}", len(parts[part]), "images")
+    torch.set_num_threads(1)  # the most work in a minute of the processor
+    fitting = train_baseline(
+        pixels["train"].images, pixels["train"].labels, tuple(answers), settings.preprocess,
+        settings.augmentation, wanted, held=(pixels["val"].images, pixels["val"].labels),
+        device=bench.device,
+    )  # fmt: skip
+    found = console.follow(_percent(fitting), f"training {kind}", 100, "%")
+    with writing_to(place):
+        found.save(place)
+    return found
+
+
+def _percent(work: Generator[Any, None, Baseline]) -> Generator[int, None, Baseline]:
+    while True:
+        try:
+            yield round(100 * next(work).done)
+        except StopIteration as end:
+            return end.value
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]:
+    """Errors of the cells of a laboratory, once for each zoom, from OUT where they are there already."""
+    import numpy as np
+    import torch
+
+    from cytodiffusion.classify.adapt import middle_draws
+    from cytodiffusion.evaluate.cost import Measured
+    from cytodiffusion.evaluate.shift import measure, preprocesses
+    from cytodiffusion.files import writing_to
+
+    torch.set_num_threads(1)  # one for each worker
+    truth, found = np.array(lab.truth), []
+    checksums = (model.folder / "checksums.json").read_text()
+    draws = middle_draws() if step.middle else model.classifier.budget("full").draws
+    for preprocess in preprocesses(step, model.preprocess, lab.look):
+        about = (checksums, _digests(lab), lab.truth, preprocess, draws, model.engine)
+        path = bench.out / "measured" / f"{model.name}-{lab.name}-{_key(about)}.npz"
+        if not path.exists():
+            work = measure(model.classifier, lab.samples, truth, preprocess, step.middle, cores())
+            one = bench.console.follow(work, f"{model.name} on {lab.name}", len(truth), "cells")
+            with writing_to(path.parent):
+                one.save(path)
+        found.append(Measured.load(path))
+    bench.console.unread += len(truth) - len(found[0].truth)
+    return found
+
+
+def ask(bench: Bench, baseline: Baseline, lab: Lab, step: Step) -> Told:
+    """What a baseline says of the cells of a laboratory."""
+    import time
+
+    import numpy as np
+
+    from cytodiffusion.data.images import to_tensor
+    from cytodiffusion.data.load import load_images
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.evaluate.shift import Told, preprocesses
+
+    began = time.perf_counter()
+    (preprocess,) = preprocesses(step, baseline.preprocess, lab.look)
+    items = list(load_images(lab.samples, preprocess, workers=cores()))
+    rows = [i for i, item in enumerate(items) if item.pixels is not None]
+    if not rows:
+        raise DataError(f"None of the images of {lab.name} could be read. Try: data check.")
+    images = to_tensor(np.stack([item.pixels for item in items if item.pixels is not None]))
+    told = baseline.predict_proba(images)
+    return Told(np.array(lab.truth)[rows], told, 1.0, time.perf_counter() - began)
+
+
+def _digests(lab: Lab) -> list[str]:
+    """sha256 of each file; empty where it cannot be read."""
+    import hashlib
+
+    from cytodiffusion.errors import UnreadableImage
+
+    found = []
+    for sample in lab.samples:
+        try:
+            found.append(hashlib.sha256(sample.read()).hexdigest())
+        except UnreadableImage:
+            found.append("")
+    return found
+
+
+def _key(about: object) -> str:
+    import hashlib
+
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]

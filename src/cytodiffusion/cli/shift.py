@@ -1,0 +1,237 @@
+"""`bench shift`: trained in one laboratory, tested unchanged in others."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Console,
+    Device,
+    Engine,
+    Json,
+    Out,
+    Seed,
+    cores,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from cytodiffusion.cli.labs import Bench, Lab
+    from cytodiffusion.evaluate.shift import Told
+
+MEAN = "mean of foreign sets"
+
+
+def shift(
+    train: Annotated[
+        Path, typer.Option(metavar="DIR", help="Labelled images of the training laboratory.")
+    ],
+    foreign: Annotated[
+        list[Path], typer.Option(metavar="DIR", help="Those of another; give it again for more.")
+    ],
+    out: Out,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Trained on --train; without it one is trained here."),
+    ] = None,
+    splits: Annotated[
+        Path | None, typer.Option(help="CSV with path,label,split of --train.")
+    ] = None,
+    steps: Annotated[
+        str, typer.Option(help="Some of the steps, separated by commas, or all.")
+    ] = "all",
+    home: Annotated[
+        int, typer.Option(min=2, help="About this many held-out cells of --train.")
+    ] = 300,
+    leave_one_out: Annotated[
+        bool, typer.Option("--leave-one-out", help="Also train on all sets but one, for each.")
+    ] = False,
+    baselines: Annotated[
+        str, typer.Option(help="Some of resnet, convnext, vit; or none.")
+    ] = "none",
+    minutes: Annotated[
+        float, typer.Option(min=0.001, help="Processor time for each baseline.")
+    ] = 60.0,
+    preset: Annotated[str, typer.Option(help="Of what is trained here.")] = "cpu",
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting of it.")
+    ] = None,
+    engine: Engine = "auto",
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Accuracy on cells of other laboratories, step by step, beside baselines. No label of theirs is used.
+
+    OUT/results.json and report.html. Run again, what was trained and measured is not done anew.
+    """
+    from cytodiffusion.cli.labs import Bench, find_model, list_labs, settings_of
+    from cytodiffusion.data.taxonomy import Taxonomy
+    from cytodiffusion.evaluate.report import write_page
+    from cytodiffusion.evaluate.shift import render
+    from cytodiffusion.files import write_file
+
+    console, labels = Console(json), Taxonomy.load()
+    names, kinds = _steps(steps), _kinds(baselines)
+    settings = settings_of(preset, [*(change or []), f"seed={seed}"])
+    bench = Bench(out, settings, labels, seed, pick_device(device), engine, console)
+    labs, answers = list_labs(bench, train, foreign, splits, model)
+    console.note(NOTICE)
+    ours = find_model(bench, model, labs)
+    rows = _step_rows(bench, ours, labs, answers, names, home)
+    for kind in kinds:
+        rows += _baseline_rows(bench, ours, labs, answers, kind, minutes, home)
+    if leave_one_out:
+        rows += _left_out_rows(bench, labs, answers, kinds, minutes, home)
+    words: list[object] = ["cytodiffusion", "bench", "shift", "--train", train, "-o", out]
+    words += [part for each in foreign for part in ("--foreign", each)]
+    words += ["-m", model] if model else []
+    words += ["--splits", splits] if splits else []
+    words += ["--leave-one-out"] * leave_one_out
+    words += ["--steps", steps, "--home", home, "--baselines", baselines, "--minutes", minutes]
+    words += ["--preset", preset, *(part for each in change or [] for part in ("--set", each))]
+    words += ["--engine", engine, "--seed", seed, "--device", device]
+    facts = {"command": shlex.join(map(str, words)), "seed": seed, "classes": ", ".join(answers),
+             "labels of the foreign sets": "none used", "cores": cores(), **_origin(ours)}  # fmt: skip
+    values = {"rows": rows, **facts}
+    write_file(out / "results.json", _text(values), "the results")
+    page = render(f"From {train.name} to other laboratories", rows, facts)
+    write_page(out / "report.html", page)
+    console.result(values, "\n".join([_heading(), *map(_line, rows), f"See {out}."]))
+    if console.unread:
+        raise typer.Exit(1)
+
+
+def _steps(text: str) -> list[str]:
+    """Raises SettingsError for a step that there is not."""
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.evaluate.shift import STEPS
+
+    names = list(STEPS) if text == "all" else [name.strip() for name in text.split(",")]
+    if wrong := [name for name in names if name not in STEPS]:
+        raise SettingsError(f"There is no step '{wrong[0]}'. There are: {', '.join(STEPS)}.")
+    return names
+
+
+def _kinds(text: str) -> list[Any]:
+    """Raises SettingsError for a baseline that there is not."""
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.evaluate.baselines import KINDS
+
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    if wrong := [name for name in names if name not in KINDS]:
+        raise SettingsError(
+            f"There is no baseline '{wrong[0]}'. There are: {', '.join(KINDS)}; none."
+        )
+    return names
+
+
+def _rows_of(
+    method: str, told: dict[str, Told], answers: Sequence[str], seed: int
+) -> list[dict[str, Any]]:
+    """A row for each set, and one for the mean of those that are not home."""
+    from cytodiffusion.evaluate.shift import HOME, mean_row, row
+
+    head = {"method": method, "repeat": 0}
+    rows = [{**head, "set": name, **row(one, answers, seed)} for name, one in told.items()]
+    foreign = [one for name, one in told.items() if name != HOME]
+    return [*rows, {**head, "set": MEAN, **mean_row(foreign, seed)}] if foreign else rows
+
+
+def _step_rows(
+    bench: Bench, ours: Any, labs: Sequence[Lab], answers: Sequence[str], names: Sequence[str],
+    home: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Our model with each step. The temperature of middle noise levels is fitted at home."""
+    from cytodiffusion.cli.labs import measured
+    from cytodiffusion.evaluate.shift import HOME, STEPS, home_temperature, read
+
+    rows = []
+    sets = {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
+    for name in names:
+        step, told, temperature = STEPS[name], {}, 1.0
+        for where, lab in sets.items():
+            found = measured(bench, ours, lab, step)
+            if where == HOME:
+                temperature = home_temperature(ours.classifier, step, found, answers)
+            told[where] = read(ours.classifier, step, found, answers, temperature)
+        rows += _rows_of(f"{ours.name}, {name}", told, answers, bench.seed)
+    return rows
+
+
+def _baseline_rows(
+    bench: Bench, ours: Any, labs: Sequence[Lab], answers: Sequence[str], kind: Any, minutes: float,
+    home: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A baseline trained on the same images and augmentation, with the steps that it can take."""
+    from cytodiffusion.cli.labs import ask, make_baseline
+    from cytodiffusion.evaluate.shift import FOR_BASELINES, HOME, STEPS
+
+    found = make_baseline(bench, bench.out, labs[0].parts, answers, kind, minutes)
+    sets = {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
+    rows = []
+    for name in FOR_BASELINES:
+        told = {where: ask(bench, found, lab, STEPS[name]) for where, lab in sets.items()}
+        rows += _rows_of(f"{kind}, {name}", told, answers, bench.seed)
+    return rows
+
+
+def _left_out_rows(
+    bench: Bench, labs: Sequence[Lab], answers: Sequence[str], kinds: Sequence[Any], minutes: float,
+    home: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """For each laboratory, models trained on all the others; every set at one scale, in one light."""
+    from cytodiffusion.cli.labs import ask, join, make_baseline, measured, train_model
+    from cytodiffusion.evaluate.shift import STEPS, home_temperature, read
+
+    told: dict[str, dict[str, Told]] = {}
+    for left in labs:
+        rest = [lab for lab in labs if lab is not left]
+        folder, parts = bench.out / f"without-{left.name}", join(bench, rest)
+        one = bench.matched()
+        ours, step = train_model(one, folder, parts), STEPS["chosen"]
+        known = measured(one, ours, rest[0].held(home, bench.seed), step)
+        temperature = home_temperature(ours.classifier, step, known, answers)
+        cells = left.held(None, bench.seed) if left is labs[0] else left
+        found = measured(one, ours, cells, step)
+        told.setdefault("ours, all sets but this, chosen", {})[left.name] = read(
+            ours.classifier, step, found, answers, temperature
+        )
+        for kind in kinds:
+            rival = make_baseline(one, folder, parts, answers, kind, minutes)
+            method = f"{kind}, all sets but this, light + scale"
+            told.setdefault(method, {})[left.name] = ask(one, rival, cells, STEPS["light + scale"])
+    return [
+        row for method, each in told.items() for row in _rows_of(method, each, answers, bench.seed)
+    ]
+
+
+def _origin(ours: Any) -> dict[str, Any]:
+    from cytodiffusion.release import commit
+
+    return {"model": ours.name, "weights": ours.weights_sha256[:12], "engine": ours.engine,
+            "commit": commit()}  # fmt: skip
+
+
+def _text(values: dict[str, Any]) -> bytes:
+    import json
+
+    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _heading() -> str:
+    return f"{'method':<40}{'set':<22}{'cells':>7}{'accuracy':>10}{'balanced':>10}{'passes':>8}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One method on one set for a terminal."""
+    return (
+        f"{row['method']:<40}{row['set']:<22}{row['cells']:>7}{row['accuracy']:>10.4f}"
+        f"{row['balanced_accuracy']:>10.4f}{row['passes_per_cell']:>8.2f}"
+    )

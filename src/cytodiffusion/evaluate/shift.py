@@ -1,0 +1,226 @@
+"""Does a model hold on cells of another laboratory?
+
+It is used unchanged: no label of the foreign cells is seen, and no weight is changed. A `Step` is what
+may be done nevertheless. It works on each frame (its light), on a batch as a whole (one scale, from its
+own nuclei) or on the reading (noise levels, adapt.py). `chosen` is what was found to help on the
+development set; what `chosen + ...` add was tried, and did not help on the whole or assumes too much.
+
+The mean over sets weighs every set alike; its interval comes from resamples of the cells of each set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import softmax
+from torch import Tensor
+
+from cytodiffusion.classify.adapt import (
+    centred,
+    em_prior,
+    equal_logits,
+    fit_temperature,
+    middle_draws,
+)
+from cytodiffusion.classify.calibrate import change_prior
+from cytodiffusion.classify.classifier import Classifier
+from cytodiffusion.data.images import Preprocess, to_tensor
+from cytodiffusion.data.load import load_one
+from cytodiffusion.data.look import Look, Match, crop_for
+from cytodiffusion.data.sample import Sample
+from cytodiffusion.errors import DataError
+from cytodiffusion.evaluate.cost import Measured, spent
+from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, percentiles
+from cytodiffusion.evaluate.metrics import ece
+from cytodiffusion.evaluate.report import fill
+
+HOME = "home"  # the set of the training laboratory
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done to foreign cells."""
+
+    match: Match = "nothing"  # light, or light and stain, of each frame
+    scale: Literal["frame", "batch", "each"] = "frame"  # what decides the crop
+    middle: bool = False  # middle noise levels with equal weights, instead of the fitted ones
+    zooms: tuple[float, ...] = (1.0,)  # crops over which the logits are averaged
+    adapt: Literal["", "prior", "centre"] = ""
+
+
+CHOSEN = Step("light", "batch", middle=True)
+STEPS = {
+    "as trained": Step(),
+    "light": Step("light"),
+    "scale": Step(scale="batch"),
+    "levels": Step(middle=True),
+    "light + scale": Step("light", "batch"),
+    "chosen": CHOSEN,
+    "chosen + prior": replace(CHOSEN, adapt="prior"),
+    "chosen + centre": replace(CHOSEN, adapt="centre"),
+    "chosen + stain": replace(CHOSEN, match="stain"),
+    "chosen + each": replace(CHOSEN, scale="each"),
+    "chosen + zooms": replace(CHOSEN, zooms=(0.87, 1.0, 1.15)),
+}
+FOR_BASELINES = ("as trained", "light + scale")  # the others are about noise
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a method says of the cells of one set."""
+
+    truth: Int[np.ndarray, " n"]
+    probabilities: Float[np.ndarray, "n k"]
+    passes: float  # a cell
+    seconds: float  # all cells
+
+
+def preprocesses(step: Step, plain: Preprocess, look: Look) -> list[Preprocess]:
+    """How the frames of a set that looks like `look` are read, once for each zoom."""
+    crop = crop_for(plain.crop, look, plain.look) if step.scale == "batch" else plain.crop
+    match = plain.match if step.match == "nothing" else step.match
+    each = step.scale == "each"
+    return [
+        plain.model_copy(update={"crop": crop * zoom, "match": match, "each": each})
+        for zoom in step.zooms
+    ]
+
+
+def measure(
+    classifier: Classifier, samples: Sequence[Sample], truth: Int[np.ndarray, " n"],
+    preprocess: Preprocess, middle: bool, workers: int,
+) -> Generator[int, None, Measured]:  # fmt: skip
+    """Yield how many cells are done; returns their errors. Unreadable images are left out.
+
+    All trials of the model's budget `full`, or those at middle noise levels.
+    """
+    plan = classifier.measurement("full")
+    if middle:
+        plan = replace(plan, draws=middle_draws(), policy=None)
+    digests: dict[int, str] = {}
+
+    def prepare(numbered: tuple[int, Sample]) -> tuple[Tensor, str] | None:
+        place, sample = numbered
+        item = load_one(sample, preprocess)
+        if item.pixels is None:
+            return None
+        digests[place] = item.sha256
+        return to_tensor(item.pixels).to(classifier.device), item.sha256
+
+    found: dict[int, np.ndarray] = {}
+    began = time.perf_counter()
+    for place, errors in plan.stream(classifier.meter, enumerate(samples), prepare, workers):
+        found[place] = errors
+        yield len(found)
+    if not found:
+        raise DataError(f"None of the {len(samples)} images could be read. Try: data check.")
+    order = sorted(found)
+    names = tuple(digests[place] for place in order)
+    errors = np.stack([found[place] for place in order])
+    return Measured(errors, truth[order], names, time.perf_counter() - began)
+
+
+def logits(
+    classifier: Classifier, step: Step, measured: Sequence[Measured], answers: Sequence[str]
+) -> Float[np.ndarray, "n k"]:
+    """Logits of the classes of `answers`, averaged over zooms; before temperature and adaptation."""
+    columns = [classifier.classes.index(name) for name in answers]
+    if step.middle:
+        each = [equal_logits(one.errors[:, :, columns]) for one in measured]
+        return np.mean(each, axis=0)
+    each = []
+    for one in measured:
+        table = classifier.table(one.errors, one.digests, "full")
+        told = classifier.read(table, "full", answers=answers).probabilities
+        each.append(np.log(told.clip(1e-30)))
+    return np.mean(each, axis=0)
+
+
+def read(
+    classifier: Classifier, step: Step, measured: Sequence[Measured], answers: Sequence[str],
+    temperature: float = 1.0,
+) -> Told:  # fmt: skip
+    """Probabilities of the classes of `answers`. `temperature`: of middle noise levels, from home."""
+    found = logits(classifier, step, measured, answers) / (temperature if step.middle else 1.0)
+    told = softmax(centred(found) if step.adapt == "centre" else found, axis=1)
+    if step.adapt == "prior":
+        even = np.full(len(answers), 1 / len(answers))
+        told = change_prior(told, em_prior(told, even) / even)
+    passes = sum(spent(one, classifier.together) for one in measured)
+    return Told(measured[0].truth, told, passes, sum(one.seconds for one in measured))
+
+
+def home_temperature(
+    classifier: Classifier, step: Step, home: Sequence[Measured], answers: Sequence[str]
+) -> float:
+    """T for a step at middle noise levels, from labelled cells of the training laboratory."""
+    if not step.middle:
+        return 1.0
+    return fit_temperature(logits(classifier, step, home, answers), home[0].truth)
+
+
+def row(told: Told, answers: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Accuracy, balanced accuracy over the classes that the set has, and each recall."""
+    truth, n = told.truth, len(told.truth)
+    right = told.probabilities.argmax(1) == truth
+    drawn = _drawn(told, seed)
+    present = np.unique(truth)
+    return {
+        "cells": n,
+        "accuracy": float(right.mean()),
+        "accuracy_ci95": list(binomial_interval(int(right.sum()), n)),
+        "balanced_accuracy": float(np.mean([right[truth == k].mean() for k in present])),
+        "balanced_accuracy_ci95": percentiles(drawn["balanced_accuracy"]),
+        "recall": {answers[k]: float(right[truth == k].mean()) for k in present.tolist()},
+        "cells_of_class": {answers[k]: int((truth == k).sum()) for k in present.tolist()},
+        "classes_missing": [name for k, name in enumerate(answers) if k not in present],
+        "ece": ece(truth, told.probabilities),
+        "passes_per_cell": told.passes,
+        "cells_per_second": n / told.seconds,
+        "target_labels_used": False,
+    }
+
+
+def mean_row(told: Sequence[Told], seed: int = 0) -> dict[str, Any]:
+    """Mean over sets, each weighed alike, with the interval of the mean."""
+    found: dict[str, Any] = {"cells": sum(len(one.truth) for one in told)}
+    drawn = [_drawn(one, seed + i) for i, one in enumerate(told)]
+    for name in ("accuracy", "balanced_accuracy"):
+        values = [_value(one, name) for one in told]
+        found[name] = float(np.mean(values))
+        found[f"{name}_ci95"] = percentiles(np.mean([each[name] for each in drawn], axis=0))
+    return found | {"passes_per_cell": float(np.mean([one.passes for one in told]))}
+
+
+def _weights(truth: Int[np.ndarray, " n"], name: str) -> Float[np.ndarray, " n"]:
+    """What each cell counts for: the same, or the same for each class; they sum to 1."""
+    if name == "accuracy":
+        return np.full(len(truth), 1 / len(truth))
+    return 1 / np.bincount(truth)[truth] / len(np.unique(truth))
+
+
+def _value(told: Told, name: str) -> float:
+    right = told.probabilities.argmax(1) == told.truth
+    return float((right * _weights(told.truth, name)).sum())
+
+
+def _drawn(told: Told, seed: int) -> dict[str, Float[np.ndarray, " draws"]]:
+    """Both accuracies in resamples of the cells, within classes."""
+    right = told.probabilities.argmax(1) == told.truth
+    worth = {name: right * _weights(told.truth, name) for name in ("accuracy", "balanced_accuracy")}
+    measures = {name: (lambda s, w=w: w[s].sum(1)) for name, w in worth.items()}
+    return bootstrap(told.truth, measures, seed=seed)
+
+
+def render(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The page as text."""
+    sets = list(dict.fromkeys(each["set"] for each in rows))
+    table: dict[str, dict[str, Any]] = {}
+    for each in rows:
+        table.setdefault(each["method"], {})[each["set"]] = each
+    return fill("shift.html.j2", title=title, rows=rows, sets=sets, table=table, facts=facts)
