@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cytodiffusion.cli import cost, faithful, fidelity, uncertainty
+from cytodiffusion.cli import cost, faithful, fidelity, shift, uncertainty
 
 app = typer.Typer(
     help="The paper's experiments, against other procedures and against people.",
@@ -14,4 +14,5 @@ app = typer.Typer(
 app.command("cost")(cost.cost)
 app.command("explain")(faithful.faithful)
 app.command("fidelity")(fidelity.fidelity)
+app.command("shift")(shift.shift)
 app.command("uncertainty")(uncertainty.uncertainty)
