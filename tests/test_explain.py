@@ -333,13 +333,18 @@ def test_a_cell_is_explained_once(bundle: Path, cells: Path, out: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == stamps
 
 
-def test_a_torn_record_is_made_anew(bundle: Path, cells: Path, out: Path, tmp_path: Path) -> None:
+def test_a_torn_record_and_a_lost_picture_are_made_anew(
+    bundle: Path, cells: Path, tmp_path: Path
+) -> None:
     path = next((cells / CLASSES[0]).iterdir())
     words = ["explain", path, "-m", bundle, "-o", tmp_path, "--device", "cpu", "--no-faithful"]
     assert cli(*words).code == 0
     before = contents(tmp_path / "cells")
     (record,) = (tmp_path / "cells").glob("*.json")
     record.write_text("{")
+    assert cli(*words).code == 0
+    assert contents(tmp_path / "cells") == before
+    next((tmp_path / "cells").glob("*.png")).unlink()
     assert cli(*words).code == 0
     assert contents(tmp_path / "cells") == before
 

@@ -172,9 +172,8 @@ class Work:
         own, other = names.index(each.own), names.index(each.other)
         drawn = self._starts(item, each.starts, each.as_other)
         changed = self._starts(item, each.starts, each.counterfactual)
-        flipped = [told["start"] for told in changed if told["named"] == each.other]
+        flipped = [one["start"] for one in changed if one["named"] == each.other]
         return {
-            "key": self.key,
             "path": item.sample.name,
             "sha256": item.sha256,
             "predicted": each.own,
@@ -280,14 +279,16 @@ def _take(
 
 
 def _rows_of(path: Path, key: str) -> list[Row] | None:
-    """What a file says, if it was made in the way that `key` stands for."""
+    """What a file says, if it was made in the way that `key` stands for and its pictures are there."""
     import json
 
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return list(record["rows"]) if record["key"] == key else None
+        rows, same = list(record["rows"]), record["key"] == key
+        pictures = [path.parent.parent / f"{row['files']}.png" for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, or not ours
+    return rows if same and all(picture.is_file() for picture in pictures) else None
 
 
 def _write(item: Loaded, each: Explanation, row: Row, out: Path) -> Row:

@@ -51,7 +51,8 @@ def faithful(
         Path | None, typer.Option(help="WBCAtt's table: do maps look where its words say?")
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="Folder of a convolutional baseline, for Grad-CAM.")
+        Path | None,
+        typer.Option(help="Folder with the baseline.json of a ResNet or ConvNeXt, for Grad-CAM."),
     ] = None,
     crop: Crop = None,
     engine: Engine = "auto",
