@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from cytodiffusion.classify.anomaly import fit_anomaly, pattern
+from cytodiffusion.classify.anomaly import doubt, fit_anomaly, pattern, squash
 from cytodiffusion.classify.as_json import calibration_from_json, calibration_to_json
 from cytodiffusion.classify.calibrate import (
     HeldOut,
@@ -327,17 +327,29 @@ def test_stranger_cells_score_higher():
     assert all(low < high for low, high in pairwise(means))
 
 
-def test_the_size_of_the_errors_is_no_anomaly():
-    """Only the pattern relative to "any cell" counts: smooth cells are easy, not strange."""
-    model, _ = fit_anomaly(*table(300, 1))
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_errors_of_an_unheard_of_size_are_strange(size):
+    """In both tails: a smooth image is too easy to denoise, a noisy one too hard."""
+    errors, truth, probabilities = table(300, 1)
+    model, scores = fit_anomaly(errors, truth, probabilities)
     errors, _, probabilities = table(50, 5)
-    found = model.anomaly(errors * np.float32(0.01), probabilities)
-    np.testing.assert_allclose(found, model.anomaly(errors, probabilities), rtol=1e-3)
+    assert (model.anomaly(errors * np.float32(size), probabilities) > scores.max()).all()
+
+
+def test_doubt_counts_by_its_rank():
+    """A cell at the mean of its class has a1 = 0, so that s is the share of cells with less doubt."""
+    errors, truth, probabilities = table(300, 1)
+    model, _ = fit_anomaly(errors, truth, probabilities)
+    middle = squash(np.zeros(300), doubt(probabilities), model.units)
+    rank = stats.rankdata(doubt(probabilities)) / 300
+    np.testing.assert_allclose(middle / (1 - middle), rank, atol=0.02)
+    beyond = squash(np.array([0.0, model.units[0]]), np.array([50.0, 0.0]), model.units)
+    np.testing.assert_allclose(beyond, [0.5, 0.5], atol=0.01)  # s = 1
 
 
 def test_pattern_by_hand():
     errors = np.exp(np.array([[[1.0, 2.0, 0.5], [4.0, 0.0, 1.0]]]))
-    np.testing.assert_allclose(pattern(errors), [[0.5, 1.5, 3.0, -1.0]])
+    np.testing.assert_allclose(pattern(errors), [[0.5, 1.5, 3.0, -1.0, 0.5, 1.0]])
 
 
 # --- the paper's race ----------------------------------------------------------------------------

@@ -1,20 +1,27 @@
 """How unlike anything seen in training is this cell?
 
 The error itself does not tell: a smooth, strange cell is easy to denoise. What tells is the pattern
-of the classes' errors relative to "any cell", over noise levels,
+of the errors in the trials i, of every class relative to "any cell" and of "any cell" itself,
 
-    g_ki = ln E_ki - ln E_any,i
+    g  =  ( ln E_ki - ln E_any,i  for all k, i;   ln E_any,i  for all i )
 
-Known cells lie near the mean pattern of their class. Two scores, each zero or more, are added in
-units of their 95 % quantile on held-out cells:
+Known cells lie near the mean pattern of their class. Two scores see different strangers:
 
     a1 = smallest Mahalanobis distance of g to a class mean (one pooled, shrunk covariance)
     a2 = -ln of the largest class probability
 
-anomaly = s / (1 + s) with s = a1 / q95 + a2 / q95; anomaly_p (`HeldOut.p_value`) is the conformal
-p-value, the share of held-out cells that are at least as strange. No anomalous image is used.
+a1 sees images that are no cells at all, in both tails: too hard to denoise, or too easy. a2 sees cells
+between the known classes. With a1 in units of its 95 % quantile on held-out cells, and F(a2) the share
+of held-out cells with less doubt,
+
+    s = (a1 / q95)^2 + F(a2)            anomaly = s / (1 + s)
+
+so that doubt counts for no more than 1, and what is far off goes before it. anomaly_p
+(`HeldOut.p_value`) is the conformal p-value, the share of held-out cells that are at least as strange.
+No anomalous image is used.
 
 Source: METHOD 4; Lee et al. 2018, A Simple Unified Framework, arXiv 1807.03888; Ledoit and Wolf 2004.
+The form of s was chosen on held-out cells and corrupted copies of them, see docs/log.md.
 """
 
 from __future__ import annotations
@@ -28,6 +35,7 @@ from sklearn.covariance import LedoitWolf
 from cytodiffusion.classify.calibrate import folds
 
 QUANTILE = 0.95
+STEPS = 65  # quantiles of a2 that are kept
 
 
 @dataclass(frozen=True)
@@ -36,29 +44,39 @@ class AnomalyModel:
 
     means: Float[np.ndarray, "k f"]
     precision: Float[np.ndarray, "f f"]
-    units: Float[np.ndarray, " 2"]  # 95 % quantiles of a1 and a2
+    units: Float[
+        np.ndarray, " u"
+    ]  # 95 % quantile of a1; quantiles of a2, evenly spaced from 0 to 1
     limit: float  # 95 % quantile of the anomaly
 
     def anomaly(
         self, errors: Float[np.ndarray, "m t k1"], probabilities: Float[np.ndarray, "m k"]
     ) -> Float[np.ndarray, " m"]:
         """0 to 1, higher is stranger. The last column of `errors` is "any cell"."""
-        a1 = distance(pattern(errors), self.means, self.precision)
-        return squash(a1, doubt(probabilities), self.units)
+        return squash(self.distance(errors), doubt(probabilities), self.units)
+
+    def distance(self, errors: Float[np.ndarray, "m t k1"]) -> Float[np.ndarray, " m"]:
+        """a1: how far from the nearest class, zero or more."""
+        g = pattern(errors)[:, : self.means.shape[1]]  # without ln E_any in older bundles
+        return distance(g, self.means, self.precision)
 
 
 def squash(
-    a1: Float[np.ndarray, " m"], a2: Float[np.ndarray, " m"], units: Float[np.ndarray, " 2"]
+    a1: Float[np.ndarray, " m"], a2: Float[np.ndarray, " m"], units: Float[np.ndarray, " u"]
 ) -> Float[np.ndarray, " m"]:
-    """s / (1 + s) for the sum s of the two scores in their units."""
-    s = a1 / units[0] + a2 / units[1]
+    """s / (1 + s) for s, the two scores together."""
+    if len(units) == 2:  # older bundles: both in units of their 95 % quantile
+        s = a1 / units[0] + a2 / units[1]
+    else:
+        s = (a1 / units[0]) ** 2 + np.interp(a2, units[1:], np.linspace(0, 1, len(units) - 1))
     return s / (1 + s)
 
 
 def pattern(errors: Float[np.ndarray, "m t k1"]) -> Float[np.ndarray, "m f"]:
-    """g: log error of each class relative to "any cell", trial by trial."""
+    """g: log error of each class relative to "any cell", trial by trial; then of "any cell" itself."""
     logs = np.log(errors.astype(np.float64).clip(1e-12))
-    return (logs[:, :, :-1] - logs[:, :, -1:]).reshape(len(errors), -1)
+    relative = (logs[:, :, :-1] - logs[:, :, -1:]).reshape(len(errors), -1)
+    return np.concatenate([relative, logs[:, :, -1]], axis=1)
 
 
 def doubt(probabilities: Float[np.ndarray, "m k"]) -> Float[np.ndarray, " m"]:
@@ -71,7 +89,7 @@ def distance(
     means: Float[np.ndarray, "k f"],
     precision: Float[np.ndarray, "f f"],
 ) -> Float[np.ndarray, " m"]:
-    """a1: Mahalanobis distance to the nearest class mean."""
+    """Mahalanobis distance to the nearest class mean."""
     gaps = g[:, None] - means[None]
     squared = np.einsum("mkf,fg,mkg->mk", gaps, precision, gaps)  # no BLAS: its bits depend on m
     return np.sqrt(squared.min(1).clip(0))
@@ -93,7 +111,8 @@ def fit_anomaly(
     for fit, held in folds(truth, classes):
         a1[held] = distance(g[held], *_gaussian(g[fit], truth[fit], classes))
     a2 = doubt(probabilities)
-    units = np.quantile(np.stack([a1, a2]), QUANTILE, axis=1).clip(min=1e-9)
+    far = np.quantile(a1, QUANTILE).clip(min=1e-9)
+    units = np.append(far, np.quantile(a2, np.linspace(0, 1, STEPS)))
     anomaly = squash(a1, a2, units)
     limit = float(np.quantile(anomaly, QUANTILE))
     return AnomalyModel(*_gaussian(g, truth, classes), units, limit), anomaly

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from cytodiffusion.cli import cost, faithful, fidelity, shift, uncertainty
+from cytodiffusion.cli import anomaly, cost, faithful, fidelity, shift, uncertainty
 
 app = typer.Typer(
     help="The paper's experiments, against other procedures and against people.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command("anomaly")(anomaly.anomaly)
 app.command("cost")(cost.cost)
 app.command("explain")(faithful.faithful)
 app.command("fidelity")(fidelity.fidelity)

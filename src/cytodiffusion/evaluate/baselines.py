@@ -109,8 +109,8 @@ class Progress:
 # --- the network ---------------------------------------------------------------------------------
 
 
-def _transformers() -> Any:
-    """The library. Raises MissingExtra naming the pip line."""
+def library() -> Any:
+    """transformers. Raises MissingExtra naming the pip line."""
     try:
         import transformers
     except ImportError as error:
@@ -148,12 +148,12 @@ class Network(nn.Module):
 
 def _trunk(kind: Kind, config: dict[str, Any]) -> nn.Module:
     """A trunk with random weights."""
-    library = _transformers()
+    models = library()
     if kind == "resnet":
-        return library.ResNetModel(library.ResNetConfig(**config))
+        return models.ResNetModel(models.ResNetConfig(**config))
     if kind == "convnext":
-        return library.ConvNextModel(library.ConvNextConfig(**config))
-    return library.ViTModel(library.ViTConfig(**config), add_pooling_layer=False)
+        return models.ConvNextModel(models.ConvNextConfig(**config))
+    return models.ViTModel(models.ViTConfig(**config), add_pooling_layer=False)
 
 
 def make_network(settings: BaselineSettings, classes: int, size: int) -> Network:
@@ -174,11 +174,11 @@ def make_network(settings: BaselineSettings, classes: int, size: int) -> Network
 
 def _pretrained(kind: Kind, folder: Path, classes: int) -> Network:
     """Weights that the user has, with the mean and spread of the images they were trained on."""
-    library = _transformers()
+    models = library()
     name = {"resnet": "ResNetModel", "convnext": "ConvNextModel", "vit": "ViTModel"}[kind]
     more = {"add_pooling_layer": False} if kind == "vit" else {}
     try:
-        trunk = getattr(library, name).from_pretrained(folder, local_files_only=True, **more)
+        trunk = getattr(models, name).from_pretrained(folder, local_files_only=True, **more)
         scale = json.loads((folder / "preprocessor_config.json").read_text())
         network = Network(kind, trunk, classes)
         network.mean.copy_(2 * torch.tensor(scale["image_mean"]).view(3, 1, 1) - 1)

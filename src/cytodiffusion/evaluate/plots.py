@@ -111,6 +111,22 @@ def cost_curves(curves: Sequence[tuple[list[float], list[float]]]) -> str:
     return _svg(figure, "cost")
 
 
+def roc_curves(curves: Sequence[tuple[list[float], list[float]]], *, name: str = "roc") -> str:
+    """Share of strangers caught against share of normal cells flagged, a curve for each score.
+
+    Line i looks as `key(i)` says. Pictures on one page need different `name`s.
+    """
+    figure = Figure(figsize=(4.4, 3.9))
+    axes = figure.subplots()
+    for i, (flagged, caught) in enumerate(curves):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(flagged, caught, color=colour, linewidth=2, linestyle=_dash(i))
+    axes.set(xlabel="normal cells flagged", ylabel="strangers caught", ylim=(0, 1.02))
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set(xlim=(0, 1), xticks=[0, 0.01, 0.1, 1], xticklabels=["0", "0.01", "0.1", "1"])
+    return _svg(figure, name)
+
+
 def key(i: int) -> str:
     """How line i of `psychometric_curves` looks, as a CSS border; twelve differ."""
     return f"3px {_dash(i)} {NAMES[COLOURS[i % len(COLOURS)]]}"

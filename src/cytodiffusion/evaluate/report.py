@@ -151,7 +151,7 @@ def _cell(row: Mapping[str, Any], thumbnails: Mapping[str, bytes]) -> Cell:
         anomaly=_number(row.get("anomaly")),
         anomaly_p=_number(row.get("anomaly_p")),
         conformal_set=str(row.get("set") or ""),
-        picture=None if png is None else _data_uri(png),
+        picture=None if png is None else data_uri(png),
     )
 
 
@@ -256,7 +256,8 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _data_uri(png: bytes) -> str:
+def data_uri(png: bytes) -> str:
+    """A picture that lies in the page itself."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
