@@ -62,8 +62,8 @@ def test_a_neighbour_in_touch_changes_little() -> None:
 def test_lobes_are_one_nucleus_and_what_lies_between_is_cell() -> None:
     """Two lobes in a cell that is as pale as the field."""
     row, column = np.mgrid[:200, :200] + 0.5
-    pixels = np.full((200, 200, 3), FIELD, dtype=np.uint8)
-    for left in (88, 112):
+    pixels = np.array(frame(cell=0, nucleus=0))
+    for left in (85, 115):
         pixels[np.hypot(column - left, row - 100) < 9] = NUCLEUS
     found = find_cell(Image.fromarray(pixels))
     assert found is not None

@@ -174,7 +174,7 @@ def row(told: Told, answers: Sequence[str], seed: int = 0) -> dict[str, Any]:
         "cells": n,
         "accuracy": float(right.mean()),
         "accuracy_ci95": list(binomial_interval(int(right.sum()), n)),
-        "balanced_accuracy": float(np.mean([right[truth == k].mean() for k in present])),
+        "balanced_accuracy": _value(told, "balanced_accuracy"),
         "balanced_accuracy_ci95": percentiles(drawn["balanced_accuracy"]),
         "recall": {answers[k]: float(right[truth == k].mean()) for k in present.tolist()},
         "cells_of_class": {answers[k]: int((truth == k).sum()) for k in present.tolist()},
