@@ -399,7 +399,7 @@ def test_an_empty_field_is_stranger_than_real_cells(
     told = cli("bench", "anomaly", data_root / "pbc", "-o", tmp_path, "--splits", few, "--device", "cpu",
                "--baselines", "none", "--corrupted", 16, "--json")  # fmt: skip
     assert told.code == 0, told.err
-    rows = {(row["set"], row["score"]): row["auroc"] for row in told.json["rows"]}
+    rows = {(each["set"], each["score"]): each["auroc"] for each in told.json["rows"]}
     assert rows["empty", "pattern"] > 0.95
     assert rows["empty", "balanced"] > 0.8
     assert rows["empty", "error"] < 0.2

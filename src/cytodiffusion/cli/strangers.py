@@ -103,8 +103,9 @@ def read_sets(
             "There are no strangers. Hold out a class, give --foreign DIR, or more than 0 --corrupted."
         )
     chosen = _some(bench, ours, normal, limit)
+    held = [sample for sample in parts["val"] if _knows(bench, ours, sample)]
     sets = {
-        KNOWN: _read(bench, ours, KNOWN, [s for s in parts["val"] if _knows(bench, ours, s)]),
+        KNOWN: _read(bench, ours, KNOWN, _some(bench, ours, held, limit)),
         NORMAL: _read(bench, ours, NORMAL, chosen),
     }
     for name, found in unknown.items():
