@@ -56,7 +56,8 @@ def anomaly(
     splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
     split: Annotated[str, typer.Option(help="Which split to measure on.")] = "test",
     limit: Annotated[
-        int | None, typer.Option(min=2, help="About this many cells of each set, as many of each class.")
+        int | None,
+        typer.Option(min=2, help="About this many cells of each set, as many of each class."),
     ] = None,
     corrupted: Annotated[
         int, typer.Option(min=0, help="Normal cells that are also shown corrupted, in each way.")
