@@ -111,10 +111,12 @@ def test_a_corruption_hangs_on_image_and_seed_alone(kind: str) -> None:
     assert found.shape == image.shape
     assert found.abs().max() <= 1
     canvases = np.stack([disc(name, 0, 64).transpose(2, 0, 1) for name in CLASSES])
-    digests = [f"{i:064x}" for i in (5, 6, 7)]
+    digests = [f"{i:0<64x}" for i in (5, 6, 7)]
     copies = corrupted(kind, canvases, digests, 32, seed=0)
     assert copies.shape == (3, 3, 32, 32)
     np.testing.assert_array_equal(corrupted(kind, canvases[1:], digests[1:], 32, 0), copies[1:])
+    other = corrupted(kind, canvases[:1], digests[1:2], 32, 0)
+    assert (other != copies[:1]).any()
 
 
 def test_blur_keeps_the_light_and_loses_the_grain() -> None:

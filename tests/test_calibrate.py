@@ -343,8 +343,8 @@ def test_doubt_counts_by_its_rank():
     middle = squash(np.zeros(300), doubt(probabilities), model.units)
     rank = stats.rankdata(doubt(probabilities)) / 300
     np.testing.assert_allclose(middle / (1 - middle), rank, atol=0.02)
-    beyond = squash(np.array([0.0, model.units[0]]), np.array([50.0, 0.0]), model.units)
-    np.testing.assert_allclose(beyond, [0.5, 0.5], atol=0.01)  # s = 1
+    beyond = squash(np.array([0.0, 2 * model.units[0]]), np.array([50.0, 0.0]), model.units)
+    np.testing.assert_allclose(beyond, [0.5, 0.8], atol=0.01)  # s = 1 and 2^2
 
 
 def test_pattern_by_hand():
