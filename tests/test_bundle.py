@@ -305,7 +305,7 @@ def test_an_unknown_model_is_told_what_there_is(tiny: Tiny, tmp_path: Path, monk
     assert load("discs3").classes.names == CLASSES
 
 
-@pytest.mark.parametrize(("key", "value"), [("format", 3), ("network", "other")])
+@pytest.mark.parametrize(("key", "value"), [("format", bundles.FORMAT + 1), ("network", "other")])
 def test_a_newer_format_is_refused(tiny: Tiny, tmp_path: Path, key: str, value: object) -> None:
     folder = tiny.copy(tmp_path / "b")
     config = json.loads((folder / "config.json").read_text()) | {key: value}
