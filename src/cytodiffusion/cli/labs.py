@@ -254,6 +254,8 @@ def _percent(work: Generator[Any, None, Baseline]) -> Generator[int, None, Basel
 
 def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]:
     """Errors of the cells of a laboratory, once for each zoom, from OUT where they are there already."""
+    import json
+
     import numpy as np
     import torch
 
@@ -264,10 +266,11 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
 
     torch.set_num_threads(1)  # one for each worker
     truth, found = np.array(lab.truth), []
-    checksums = (model.folder / "checksums.json").read_text()
+    sums = json.loads((model.folder / "checksums.json").read_text())
+    bundle = (sums["model.safetensors"], sums["calibration.json"])
     draws = middle_draws() if step.middle else model.classifier.budget("full").draws
     for preprocess in preprocesses(step, model.preprocess, lab.look):
-        about = (checksums, _digests(lab), lab.truth, preprocess, draws, model.engine)
+        about = (bundle, _digests(lab), lab.truth, preprocess, draws, model.engine)
         path = bench.out / "measured" / f"{model.name}-{lab.name}-{_key(about)}.npz"
         if not path.exists():
             work = measure(model.classifier, lab.samples, truth, preprocess, step.middle, cores())
