@@ -12,8 +12,9 @@ T is fitted on labelled cells at home. Two more steps use the batch as a whole, 
     centred    every class the same mean logit over the batch
 
 Both assume something of the batch that cannot be checked without labels: the first that the likelihoods
-still hold, the second that all classes are about as frequent. With one class in three quarters of the
-cells the second costs more than it brings.
+still hold, the second that all classes are about as frequent. Where a model errs much, and for one class
+more than for others, the second brings more than it costs even where they are not; where it errs little,
+it costs (docs/log.md has both).
 
 Source: METHOD 6 (noise levels); Saerens, Latinne and Decaestecker 2002, Neural Computation 14, 21-41.
 """
