@@ -294,7 +294,14 @@ def test_every_cell_has_a_picture_arrays_and_numbers(bundle: Path, out: Path) ->
         each = Explanation.load(out / f"{row['files']}.npz")
         assert (each.own, each.other) == (row["predicted"], row["against"])
         assert row["probability"] < row["confidence"]
-        assert set(row["faithful"]) == {"map", "random", "edges", "soft edges", "centre"}
+        assert set(row["faithful"]) == {
+            "support",
+            "change",
+            "random",
+            "edges",
+            "soft edges",
+            "centre",
+        }
         for kind in ("png", "svg"):
             assert (out / f"{row['files']}.{kind}").stat().st_size > 1000
     page = (out / "report.html").read_text()
@@ -393,7 +400,7 @@ def test_a_wrong_call_writes_nothing(bundle: Path, cells: Path, tmp_path: Path, 
     not (ZOO / "pbc8" / "config.json").exists(), reason="pbc8 is not in the zoo yet"
 )
 def test_real_cells_become_what_was_asked(data_root: Path) -> None:
-    """Eosinophils as neutrophils lose their red, and half of them at least are then named so; the map lies on the cell."""
+    """Eosinophils as neutrophils lose their red, and half of them are named so; the map is on the cell."""
     images = sorted((data_root / "pbc" / "eosinophil").glob("*.webp"))[:4]
     if not images:
         pytest.skip(f"no pbc/eosinophil in {data_root}")

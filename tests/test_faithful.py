@@ -272,9 +272,9 @@ def test_the_bench_and_once_more(bundle: Path, cells: Path, words: Words, tmp_pa
     assert told.json["cells"] == 6
     assert told.json["attributes"] is None
     for reference in ("any cell", "blurred"):
-        means, better = told.json["areas"][reference], told.json["gains"][reference]["map"]
+        means, better = told.json["areas"][reference], told.json["gains"][reference]["support"]
         for rival in ("random", "edges", "soft edges", "centre"):
-            gap = means[rival]["deletion"] - means["map"]["deletion"]
+            gap = means[rival]["deletion"] - means["support"]["deletion"]
             assert better[rival]["deletion"]["mean"] == pytest.approx(gap)
     assert set(told.json["flips"]) == {"drawn", "difference", "turned", "change"}
     assert told.json["stability"]["correlation"]["mean"] > 0.5
@@ -332,6 +332,6 @@ def test_real_maps_beat_random_ones(data_root: Path, tmp_path: Path) -> None:
     for reference in ("any cell", "blurred"):
         for rival in ("random", "edges"):
             for kind in ("deletion", "insertion"):
-                assert told.json["gains"][reference]["map"][rival][kind]["ci95"][0] > 0
+                assert told.json["gains"][reference]["support"][rival][kind]["ci95"][0] > 0
     assert told.json["attributes"]["in_cell"]["mean"] > 0.7
     assert set(told.json["attributes"]["directions"]) == set(DIRECTIONS)

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 Found = tuple[Any, Row]  # an Explanation, and what is said of it
 GROUP = 64  # cells at a time
 EMBEDDED = 100  # pictures on the page; the others are beside it
-KIND = 1  # of the rows below: one that was written otherwise is made anew
+KIND = 2  # of the rows below: one that was written otherwise is made anew
 
 
 def explain(
@@ -206,7 +206,11 @@ class Work:
         image = torch.from_numpy(each.image).to(model.classifier.device)
         reference = neutral(model.denoiser, model.classes, image, item.sha256, seed).cpu().numpy()
         rng = np.random.default_rng([seed, int(item.sha256[:8], 16)])
-        rankings = {"map": each.map.support, **rivals(each.image, rng)}
+        rankings = {
+            "support": each.map.support,
+            "change": each.map.strength,
+            **rivals(each.image, rng),
+        }
         judge = Judge(model.classifier)
         found = curves(
             each.image, reference, rankings, lambda shown: judge.log_odds(shown, own, other)

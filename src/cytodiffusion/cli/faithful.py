@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Told = dict[str, Any]
 START = 1.0  # noise level that the drawings begin with, image units
-KIND = 2  # of what is kept of a cell: what was kept otherwise is measured anew
+KIND = 3  # of what is kept of a cell: what was kept otherwise is measured anew
 
 
 def faithful(
@@ -242,7 +242,7 @@ class Work:
 
         seed, clean = self.settings.seed, image.cpu().numpy()
         rng = np.random.default_rng([seed, int(digest[:8], 16)])
-        rankings = {"map": found.support, "strength": found.strength, **rivals(clean, rng)}
+        rankings = {"support": found.support, "change": found.strength, **rivals(clean, rng)}
         if self.baseline:
             rankings["Grad-CAM"] = grad_cam(self.baseline, clean, own, other)
         anyone = neutral(self.model.denoiser, self.model.classes, image, digest, seed).cpu().numpy()
@@ -302,12 +302,14 @@ def _lines(values: dict[str, Any]) -> list[str]:
     """The results for a terminal."""
     from cytodiffusion.evaluate.explained import said
 
-    lines = [f"{values['cells']} cells. By how much the map beats others, nats (95 %):"]
+    lines = [
+        f"{values['cells']} cells. By how much the order by support beats others, nats (95 %):"
+    ]
     for reference, rivals in values["gains"].items():
         lines += [
             f"  {reference:<10}{name:<12}deletion {said(gain['deletion'])}  "
             f"insertion {said(gain['insertion'])}"
-            for name, gain in rivals["map"].items()
+            for name, gain in rivals["support"].items()
         ]
     flips, stable = values["flips"], values["stability"]
     return [

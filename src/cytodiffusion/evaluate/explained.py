@@ -23,7 +23,7 @@ from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, perce
 from cytodiffusion.evaluate.report import fill
 
 Told = Mapping[str, Any]
-OURS = ("map", "strength")
+OURS = ("support", "change")
 
 
 def stability(
