@@ -16,7 +16,17 @@ from cytodiffusion.data.images import decode
 from cytodiffusion.data.mark import Mark, read_mark
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.diffusion.gain import Gain
-from cytodiffusion.synthesis import BATCH, Cell, Drawing, draw, draw_all, save_gain, turning
+from cytodiffusion.synthesis import (
+    BATCH,
+    CONDITIONAL,
+    Cell,
+    Drawing,
+    draw,
+    draw_all,
+    save_gain,
+    turning,
+    usual,
+)
 
 QUICK = ("--steps", 3, "--device", "cpu")
 SHORT = Drawing(steps=3, churn=1.0)
@@ -79,6 +89,15 @@ def test_the_last_looks_are_a_mean_of_guesses(model: Model) -> None:
     torch.testing.assert_close(looked, drawn, atol=1e-3, rtol=0)
     blurred = draw(model, CELLS[:2], Drawing(steps=4, looks=3, look_sigma=0.5))
     assert not torch.allclose(blurred, drawn, atol=0.05)
+
+
+def test_a_class_conditional_model_is_guided(model: Model) -> None:
+    assert usual(model).guidance == 1
+    model.classifier.together = False
+    try:
+        assert usual(model).guidance == CONDITIONAL > 1
+    finally:
+        model.classifier.together = True
 
 
 def test_every_pose_has_its_turn() -> None:

@@ -40,6 +40,7 @@ from cytodiffusion.errors import OutputError, SettingsError
 from cytodiffusion.files import write_file, writing_to
 
 BATCH = 8  # cells drawn at a time, always
+CONDITIONAL = 1.5  # guidance of class-conditional networks; docs/log.md has the measurement
 GAIN = "drawing.json"
 MANIFEST = "manifest.csv"
 REQUEST = "request.json"
@@ -65,6 +66,15 @@ class Drawing:
                 f"The noise must fall from sigma_max ({self.sigma_max:g}) to a sigma_min between 0 and "
                 f"that; {self.sigma_min:g} is none."
             )
+
+
+def usual(model: Model) -> Drawing:
+    """How a model's cells are drawn unless something else is asked for.
+
+    The heads of one network were trained to differ and need no guidance; a class-conditional network,
+    trained to draw alone, does.
+    """
+    return Drawing() if model.classifier.together else Drawing(guidance=CONDITIONAL)
 
 
 class Cell(NamedTuple):

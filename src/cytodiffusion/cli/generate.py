@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from cytodiffusion.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from cytodiffusion.bundle import Model
     from cytodiffusion.synthesis import Drawing
 
 
@@ -31,7 +33,11 @@ def generate(
     sampler: Annotated[str | None, typer.Option(help="dpm++, heun or ddim.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Steps from noise to cell.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, help='Push away from "any cell"; 1: none.')
+        float | None,
+        typer.Option(
+            min=0,
+            help='Push away from "any cell"; 1: none, as is usual with heads; class-conditional: 1.5.',
+        ),
     ] = None,
     churn: Annotated[
         float | None, typer.Option(min=0, help="Noise added on the way, over all steps.")
@@ -53,7 +59,7 @@ def generate(
     asked = [name.strip() for name in classes.split(",")] if classes else list(loaded.classes)
     names = [loaded.classes.names[loaded.classes.index(name)] for name in dict.fromkeys(asked)]
     given = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
-    drawing = _drawing(given)
+    drawing = _drawing(given, loaded)
     console.note(NOTICE)
     if read_gain(loaded) is None:
         console.note(
@@ -79,16 +85,16 @@ def generate(
     console.result(values, told)
 
 
-def _drawing(given: dict[str, Any]) -> Drawing:
+def _drawing(given: dict[str, Any], model: Model) -> Drawing:
     """The settings, with those that were given in place of the usual ones. Raises SettingsError."""
     from typing import get_args
 
     from cytodiffusion.diffusion.sample import Sampler
     from cytodiffusion.errors import SettingsError
-    from cytodiffusion.synthesis import Drawing
+    from cytodiffusion.synthesis import usual
 
     wanted = {name: value for name, value in given.items() if value is not None}
     if wanted.get("sampler", "heun") not in get_args(Sampler):
         known = ", ".join(get_args(Sampler))
         raise SettingsError(f"There is no sampler '{wanted['sampler']}'. There are: {known}.")
-    return Drawing(**wanted)
+    return replace(usual(model), **wanted)
