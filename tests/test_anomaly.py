@@ -167,8 +167,8 @@ def test_a_corruption_that_there_is_not() -> None:
 class Short(Plan):
     """A quick calibration: few trials, short races."""
 
-    levels: int = 6
-    trials: int = 3
+    levels: int = 3
+    trials: int = 2
     race_cells: int = 4
     race_trials: int = 22
     paper_most: int = 22

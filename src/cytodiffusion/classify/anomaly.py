@@ -20,7 +20,7 @@ so that doubt counts for no more than 1, and what is far off goes before it. ano
 (`HeldOut.p_value`) is the conformal p-value, the share of held-out cells that are at least as strange.
 No anomalous image is used.
 
-Source: METHOD 4; Lee et al. 2018, A Simple Unified Framework, arXiv 1807.03888; Ledoit and Wolf 2004.
+Source: Lee et al. 2018, A Simple Unified Framework, arXiv 1807.03888; Ledoit and Wolf 2004.
 The form of s was chosen on held-out cells and corrupted copies of them, see docs/log.md.
 """
 

@@ -18,7 +18,7 @@ class k in trial i and E_any,i of "any cell" (higher is stranger):
 `typicality`, `features` and `neighbours` are fitted here, on known cells that are not scored; the
 rest is what the model was calibrated with.
 
-Source: METHOD 4; Mahmood et al. 2021 (typicality over noise levels, MSMA), arXiv 2010.13132; Fawcett
+Source: Mahmood et al. 2021 (typicality over noise levels, MSMA), arXiv 2010.13132; Fawcett
 2006 (ROC analysis).
 """
 
