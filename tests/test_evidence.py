@@ -234,7 +234,7 @@ def test_batches_and_order_change_nothing(together, batch, policy):
 def test_when_nobody_listens_threads_end_with_the_round_they_are_in():
     """As after Ctrl-C: two threads, each held up within its second round, finish it and stop.
 
-    Of the 32 cells of the two first rounds the queue holds 16: the others are taken, so that none waits there.
+    Of the 32 cells of the first rounds the queue holds 16: the others are taken, so that none waits.
     """
     gate, held_up, passes, prepared = threading.Event(), threading.Semaphore(0), [], []
     own = threading.local()
