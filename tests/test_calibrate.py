@@ -29,7 +29,7 @@ from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
 from cytodiffusion.classify.conformal import lac_sets, threshold, thresholds
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
-from cytodiffusion.classify.fit import fit_race, fit_sequence
+from cytodiffusion.classify.fit import fit_race, fit_sequence, spread
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import PaperRace, paper_draws
 from cytodiffusion.data.transforms import POSES
@@ -194,6 +194,13 @@ def test_a_copy_of_what_is_known_is_not_chosen_next():
 def test_no_more_trials_than_there_are():
     errors, truth = cells(60, WEIGHT, BIAS)
     assert sorted(choose_trials(errors, truth, 9)) == [0, 1, 2]
+
+
+def test_the_other_trials_lie_where_none_is_near():
+    sigmas = np.array([0.05, 0.1, 2.0, 10.0, 100.0])
+    assert spread([1], sigmas, 3) == [1, 4, 2]  # the far end; then nearest to midway
+    assert sorted(spread([1], sigmas, 9)) == [0, 1, 2, 3, 4]
+    assert spread([2, 0], np.ones(3), 9) == [2, 0, 1]  # of equal levels each once
 
 
 # --- conformal -----------------------------------------------------------------------------------

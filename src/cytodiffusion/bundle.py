@@ -43,7 +43,7 @@ from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.types import Classes
 
-FORMAT = 3
+FORMAT = 4
 FILES = (
     "config.json", "model.safetensors", "preprocess.json", "labels.yaml", "calibration.json",
     "card.md", "LICENSE", "data_license.txt", "test_vectors.npz",

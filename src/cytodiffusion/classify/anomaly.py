@@ -44,9 +44,7 @@ class AnomalyModel:
 
     means: Float[np.ndarray, "k f"]
     precision: Float[np.ndarray, "f f"]
-    units: Float[
-        np.ndarray, " u"
-    ]  # 95 % quantile of a1; quantiles of a2, evenly spaced from 0 to 1
+    units: Float[np.ndarray, " u"]  # 95 % quantile of a1; then quantiles of a2, from 0 to 1
     limit: float  # 95 % quantile of the anomaly
 
     def anomaly(
@@ -57,18 +55,14 @@ class AnomalyModel:
 
     def distance(self, errors: Float[np.ndarray, "m t k1"]) -> Float[np.ndarray, " m"]:
         """a1: how far from the nearest class, zero or more."""
-        g = pattern(errors)[:, : self.means.shape[1]]  # without ln E_any in older bundles
-        return distance(g, self.means, self.precision)
+        return distance(pattern(errors), self.means, self.precision)
 
 
 def squash(
     a1: Float[np.ndarray, " m"], a2: Float[np.ndarray, " m"], units: Float[np.ndarray, " u"]
 ) -> Float[np.ndarray, " m"]:
     """s / (1 + s) for s, the two scores together."""
-    if len(units) == 2:  # older bundles: both in units of their 95 % quantile
-        s = a1 / units[0] + a2 / units[1]
-    else:
-        s = (a1 / units[0]) ** 2 + np.interp(a2, units[1:], np.linspace(0, 1, len(units) - 1))
+    s = (a1 / units[0]) ** 2 + np.interp(a2, units[1:], np.linspace(0, 1, len(units) - 1))
     return s / (1 + s)
 
 

@@ -1,9 +1,11 @@
 """Fit every budget of a model on held-out cells.
 
 Candidate trials, spread over noise levels, are measured once on the held-out cells. A greedy search
-orders them by how much each adds. Every depth n of that order gets weights, a gate and an anomaly
-model of its own; a budget is how much disagreement with the answer of all trials it allows. A race
-needs one temperature, fitted on a part of the cells because it is slow.
+orders those that name cells best; the rest of a cell's trials lie where no noise level is near, so
+that a strange cell, which runs them all, is seen at every noise level. Every depth n of that order
+gets weights, a gate and an anomaly model of its own; a budget is how much disagreement with the
+answer of all trials it allows. A race needs one temperature, fitted on a part of the cells because
+it is slow.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Plan:
     levels: int = 24  # candidate trials, frozen noise
     low: float = 0.04  # lowest noise level, image units
     high: float = 6.0  # highest
-    trials: int = 8  # of a cell, at most, placed by greedy search
+    trials: int = 8  # of a cell, at most
+    naming: int = 4  # of them, placed by greedy search; the others are spread
     sweep: int = 2  # noise levels of the betting race
     race_cells: int = 160  # held-out cells for the races
     race_trials: int = 200  # most trials of a race while it is fitted, and of the betting race
@@ -77,10 +80,20 @@ def fit_budgets(
 
     `apart`: every class costs a pass of its own, so that classes leave one by one.
     """
-    order = choose_trials(errors[:, :, :-1], truth, plan.trials)
     every = candidates(plan)
+    order = spread(choose_trials(errors[:, :, :-1], truth, plan.naming), every.sigmas, plan.trials)
     draws = replace(every, trials=tuple(every.trials[t] for t in order))
     return fit_sequence(draws, errors[:, order], truth, apart)
+
+
+def spread(chosen: list[int], sigmas: Float[np.ndarray, " t"], count: int) -> list[int]:
+    """Up to `count` trials: after the chosen ones, always that whose noise level is furthest (log)."""
+    order, levels = list(chosen), np.log(sigmas)
+    while len(order) < min(count, len(sigmas)):
+        gaps = np.abs(levels[:, None] - levels[order]).min(1)
+        gaps[order] = -1
+        order.append(int(gaps.argmax()))
+    return order
 
 
 def fit_sequence(
