@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer.main
@@ -24,11 +25,16 @@ def render() -> str:
     """The page as text, the same on every terminal."""
     os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100")
     group = typer.main.get_command(app)
-    parts = [HEAD, _help([])]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
-        inner = getattr(command, "commands", None)
-        parts += [_help([name, word]) for word in inner] if inner else [_help([name])]
-    return "\n".join(parts)
+    return "\n".join([HEAD, _help([]), *map(_help, _verbs(group, []))])
+
+
+def _verbs(command: object, words: list[str]) -> Iterator[list[str]]:
+    """The words of every command that has none below it."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield words
+    for name in inner or ():
+        yield from _verbs(inner[name], [*words, name])
 
 
 def _help(words: list[str]) -> str:

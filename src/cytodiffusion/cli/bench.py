@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cytodiffusion.cli import anomaly, cost, faithful, fidelity, shift, uncertainty
+from cytodiffusion.cli import anomaly, authenticity, cost, faithful, fidelity, shift, uncertainty
 
 app = typer.Typer(
     help="The paper's experiments, against other procedures and against people.",
@@ -12,6 +12,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("anomaly")(anomaly.anomaly)
+app.add_typer(authenticity.app, name="authenticity")
 app.command("cost")(cost.cost)
 app.command("explain")(faithful.faithful)
 app.command("fidelity")(fidelity.fidelity)
