@@ -222,12 +222,12 @@ def score(
     for problem in problems:
         console.note(problem)
     everyone = Table.of(truths, found)
-    parts = {name: everyone.rows([i]) for i, name in enumerate(everyone.readers)}
-    parts |= {ALL: everyone} if len(parts) > 1 else {}
-    outcomes = [_curve(table, name, seed, draws, console) for name, table in parts.items()]
+    parts = [(name, everyone.rows([i])) for i, name in enumerate(everyone.readers)]
+    parts += [(ALL, everyone)] * (len(parts) > 1)
+    outcomes = [_curve(table, name, seed, draws, console) for name, table in parts]
     rows = [
         summarise(table, name, seed) | {"psychometric": outcome.as_dict(seed)}
-        for (name, table), outcome in zip(parts.items(), outcomes, strict=True)
+        for (name, table), outcome in zip(parts, outcomes, strict=True)
     ]
     agreed = agreement(everyone, seed)
     words = ["cytodiffusion", "bench", "authenticity", "score", *answers, "--key", key, "-o", out]
