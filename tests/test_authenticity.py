@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CLASSES, cli, contents, disc, write_discs
+from helpers import CLASSES, Result, cli, contents, disc, tiny_model, write_discs
 from PIL import Image
 from scipy.stats import norm
 from sklearn.metrics import cohen_kappa_score
@@ -49,9 +49,6 @@ from cytodiffusion.evaluate.blinded import (
 
 DEMO = ZOO.parent / "demo"
 EACH = 2  # real cells of each of three classes: twelve cells with the drawn ones
-pytestmark = pytest.mark.skipif(
-    not (ZOO / "pbc8").exists(), reason="the model pbc8 is not in this checkout"
-)
 
 
 def finish(work) -> Any:
@@ -207,6 +204,12 @@ def test_a_set_without_a_common_class_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, whose crop is the whole frame."""
+    return tiny_model(tmp_path_factory.getbasetemp()).bundle
+
+
+@pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Frames of 128 px, with metadata, and marked drawn cells of 64 px."""
     folder = tmp_path_factory.mktemp("authenticity")
@@ -216,15 +219,20 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             path = folder / "drawn" / name / f"{seed:06}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = disc(name, 50 + seed, 64).transpose(2, 0, 1)
-            path.write_bytes(marked_png(pixels, Mark("pbc8", "0" * 64, seed, name)))
+            path.write_bytes(marked_png(pixels, Mark("tiny", "0" * 64, seed, name)))
     return real, folder / "drawn"
 
 
+def prepare(bundle: Path, sources: tuple[Path, Path], out: Path, *words: object) -> Result:
+    return cli("bench", "authenticity", "prepare", *sources, "-o", out, "-m", bundle, *words)
+
+
 @pytest.fixture(scope="module")
-def prepared(sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def prepared(
+    bundle: Path, sources: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "test"
-    said = cli("bench", "authenticity", "prepare", *sources, "-o", out, "--per-class", EACH,
-               "--seed", 3, "--json")  # fmt: skip
+    said = prepare(bundle, sources, out, "--per-class", EACH, "--seed", 3, "--json")
     assert said.code == 0, said.err
     assert said.json["cells"] == 12
     assert said.json["classes"] == dict.fromkeys(CLASSES, 2 * EACH)
@@ -264,27 +272,27 @@ def test_the_page_holds_ids_and_pictures_alone(prepared: Path) -> None:
 
 
 def test_prepare_again_is_the_same_and_another_test_is_not_lost(
-    sources: tuple[Path, Path], prepared: Path
+    bundle: Path, sources: tuple[Path, Path], prepared: Path
 ) -> None:
     before = contents(prepared)
-    words = ("bench", "authenticity", "prepare", *sources, "-o", prepared, "--per-class", EACH)
-    assert cli(*words, "--seed", 3).code == 0
+    assert prepare(bundle, sources, prepared, "--per-class", EACH, "--seed", 3).code == 0
     assert contents(prepared) == before
-    said = cli(*words, "--seed", 4)
+    said = prepare(bundle, sources, prepared, "--per-class", EACH, "--seed", 4)
     assert said.code == 2
     assert "key of another test" in said.complaint
     assert contents(prepared) == before
 
 
-def test_prepare_says_what_is_wrong(sources: tuple[Path, Path], tmp_path: Path) -> None:
+def test_prepare_says_what_is_wrong(
+    bundle: Path, sources: tuple[Path, Path], tmp_path: Path
+) -> None:
     real, drawn = sources
-    swapped = cli("bench", "authenticity", "prepare", drawn, real, "-o", tmp_path / "a")
+    swapped = prepare(bundle, (drawn, real), tmp_path / "a")
     assert swapped.code == 2
     assert "marked as synthetic" in swapped.complaint
     spoilt = shutil.copytree(real, tmp_path / "spoilt")
     (spoilt / "neutrophil" / "00.png").write_bytes(b"no image")
-    said = cli("bench", "authenticity", "prepare", spoilt, drawn, "-o", tmp_path / "b",
-               "--per-class", 4, "--size", 100)  # fmt: skip
+    said = prepare(bundle, (spoilt, drawn), tmp_path / "b", "--per-class", 4, "--size", 100)
     assert said.code == 1
     assert "Not read: neutrophil/00.png" in said.err
     assert "eosinophil: 3 of each kind instead of 4" in said.err
@@ -293,6 +301,7 @@ def test_prepare_says_what_is_wrong(sources: tuple[Path, Path], tmp_path: Path) 
 
 
 @pytest.mark.real
+@pytest.mark.skipif(not (ZOO / "pbc8").exists(), reason="pbc8 is not in this checkout")
 def test_real_cells_take_the_way_of_the_released_model(data_root: Path, tmp_path: Path) -> None:
     """pbc8's own crop and size; beside them cells that it drew."""
     raabin, out = data_root / "raabin", tmp_path / "out"
@@ -325,7 +334,7 @@ def all_right(folder: Path, reader: str = "Anna") -> list[tuple[Any, ...]]:
     return [(reader, row["id"], row["truth"], 5, 1.5) for row in key_of(folder)]
 
 
-def score(prepared: Path, out: Path, *answers: Path):
+def score(prepared: Path, out: Path, *answers: Path) -> Result:
     return cli("bench", "authenticity", "score", *answers, "--key", prepared / "key.csv", "-o", out,
                "--draws", 40, "--json")  # fmt: skip
 
