@@ -13,6 +13,7 @@ from cytodiffusion.cli.console import NOTICE, Console, Device, Json, ModelName, 
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+    from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.evaluate.authenticity import Table
     from cytodiffusion.evaluate.blinded import Cell, Gathered
@@ -63,23 +64,24 @@ def prepare(
     """
     from cytodiffusion.bundle import load
     from cytodiffusion.data.images import Preprocess
-    from cytodiffusion.evaluate.blinded import blind, key_table, page
+    from cytodiffusion.evaluate.blinded import TRUTHS, blind, key_table, page
     from cytodiffusion.files import write_file
 
     console = Console(json)
     loaded = load(model, "cpu", engine="torch")
     listed = _listed(source, drawn, splits, split, console)
     size = size or _size_of(listed[1])
-    of_real = loaded.preprocess.model_copy(
-        update={"size": size, "crop": crop or loaded.preprocess.crop}
+    own = {"size": size, "crop": crop or loaded.preprocess.crop}
+    ways = (
+        loaded.preprocess.model_copy(update=own),
+        Preprocess(size=size, crop=1.0),  # drawn cells fill their frame
     )
-    ways = (of_real, Preprocess(size=size, crop=1.0))  # drawn cells fill their frame
     console.note(NOTICE)
-    both = [
-        _gather(samples, way, loaded, per_class, (seed, i), console)
-        for i, (samples, way) in enumerate(zip(listed, ways, strict=True))
-    ]
-    cells = blind(both[0], both[1], loaded.classes.names, per_class, seed)
+    real, forged = (
+        _gather(kind, samples, way, loaded, per_class, seed, console)
+        for kind, samples, way in zip(TRUTHS, listed, ways, strict=True)
+    )
+    cells = blind(real, forged, loaded.classes.names, per_class, seed)
     _tell_missing(cells, loaded.classes.names, per_class, console)
     key = key_table(cells)
     _refuse_another(out, key)
@@ -139,18 +141,18 @@ def _size_of(samples: Sequence[Sample]) -> int:
 
 
 def _gather(
-    samples: Sequence[Sample], way: Any, model: Model, per_class: int, seed: tuple[int, int],
+    kind: str, samples: Sequence[Sample], way: Preprocess, model: Model, per_class: int, seed: int,
     console: Console,
 ) -> Gathered:  # fmt: skip
     """Pictures of one kind; says what could not be read, and which were enlarged."""
     import numpy as np
 
-    from cytodiffusion.evaluate.blinded import gather
+    from cytodiffusion.evaluate.blinded import TRUTHS, gather
     from cytodiffusion.release import class_index
 
-    kind = ("real", "drawn")[seed[1]]
+    rng = np.random.default_rng([seed, TRUTHS.index(kind)])
     classes = [class_index(s.label, model.classes.names, model.taxonomy) for s in samples]
-    work = gather(samples, classes, way, per_class, np.random.default_rng(seed))
+    work = gather(samples, classes, way, per_class, rng)
     total = sum(min(per_class, classes.count(k)) for k in set(classes))
     found = console.follow(work, f"reading {kind} cells", total, "cells")
     for problem in found.problems:
@@ -259,7 +261,7 @@ def _curve(table: Table, name: str, seed: int, draws: int, console: Console) -> 
     from cytodiffusion.evaluate.psychometric import analyse, fit
     from cytodiffusion.evaluate.uncertainty import Outcome
 
-    answers = answers_of(table, name, "score")
+    answers = answers_of(table, name)
     try:
         found = fit(answers.judged, family="weibull", guess=GUESS)
     except DataError as error:

@@ -34,7 +34,7 @@ from markupsafe import Markup
 from scipy.special import ndtri
 
 from cytodiffusion.evaluate.answers import Answers, Judged
-from cytodiffusion.evaluate.blinded import Answer, Truth
+from cytodiffusion.evaluate.blinded import TRUTHS, Answer, Truth
 from cytodiffusion.evaluate.fidelity import share
 from cytodiffusion.evaluate.intervals import Measure, bootstrap, percentiles
 from cytodiffusion.evaluate.report import fill
@@ -226,9 +226,9 @@ def _agree(table: Table, seed: int) -> dict[str, Any]:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def answers_of(table: Table, name: str, source: str) -> Answers:
+def answers_of(table: Table, name: str) -> Answers:
     """The same answers for the psychometric function."""
-    return Answers(name, source, table.judged(), classes=2)
+    return Answers(name, source=name, judged=table.judged(), classes=len(TRUTHS))
 
 
 def render(

@@ -66,28 +66,28 @@ def gather(
 
     Where one cannot be read another is taken. Yields how many there are so far.
     """
-    found = Gathered([], [], [], [], 0)
-    enlarged = 0
+    pngs: list[bytes] = []
+    kept, names, problems, enlarged = [], [], [], 0
     for k in np.unique(np.array(classes, int)).tolist():
-        wanted = len(found.pngs) + per_class
+        wanted = len(pngs) + per_class
         for row in rng.permutation(np.flatnonzero(np.array(classes) == k)).tolist():
-            if len(found.pngs) == wanted:
+            if len(pngs) == wanted:
                 break
             sample = samples[row]
             try:
                 image = decode(sample.read())
             except UnreadableImage as error:
-                found.problems.append(f"{sample.name}: {error}")
+                problems.append(f"{sample.name}: {error}")
                 continue
             png = plain_png(preprocess.canvas(image))
-            if png in found.pngs:
+            if png in pngs:
                 continue
-            found.pngs.append(png)
-            found.classes.append(k)
-            found.names.append(sample.name)
+            pngs.append(png)
+            kept.append(k)
+            names.append(sample.name)
             enlarged += round(preprocess.crop * min(image.size)) < preprocess.size
-            yield len(found.pngs)
-    return Gathered(found.pngs, found.classes, found.names, found.problems, enlarged)
+            yield len(pngs)
+    return Gathered(pngs, kept, names, problems, enlarged)
 
 
 def plain_png(pixels: UInt8[np.ndarray, "3 s s"]) -> bytes:
