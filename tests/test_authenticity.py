@@ -464,15 +464,19 @@ class Reader:
     def click(self, selector: str) -> None:
         self.browser.find_element("css selector", selector).click()
 
-    def text(self, selector: str) -> str:
-        return self.browser.find_element("css selector", selector).text
+    def sees(self, selector: str, text: str) -> None:
+        """Waits for it: a busy machine draws late."""
+        until = time.monotonic() + 30
+        while (shown := self.browser.find_element("css selector", selector).text) != text:
+            assert time.monotonic() < until, f"{selector} says {shown!r}, not {text!r}"
+            time.sleep(0.05)
 
     def begin(self, name: str) -> None:
         self.press(*name, "\ue007")  # enter
 
     def save(self, path: Path) -> Path:
         self.press("\ue007")  # the button to save is in focus at the end
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while not path.exists():
             assert time.monotonic() < until, f"{path} was not saved"
             time.sleep(0.05)
@@ -488,9 +492,9 @@ def test_a_reader_in_a_browser(browser: Any, prepared: Path, tmp_path: Path) -> 
     reader = Reader(browser)
     browser.get((prepared / "test.html").as_uri())
     reader.begin('Anna "A"')
-    assert reader.text("#count") == "Cell 1 of 12"
+    reader.sees("#count", "Cell 1 of 12")
     reader.press("3")  # nothing yet: neither real nor drawn was said
-    assert reader.text("#count") == "Cell 1 of 12"
+    reader.sees("#count", "Cell 1 of 12")
     shown = browser.find_element("css selector", "#cell")
     assert shown.size == {"height": 384, "width": 384}
     assert shown.get_property("naturalWidth") == 64
@@ -502,13 +506,13 @@ def test_a_reader_in_a_browser(browser: Any, prepared: Path, tmp_path: Path) -> 
         reader.press(key, "5")
     reader.press(keys[5])
     browser.refresh()
-    assert reader.text("#count") == "Cell 6 of 12"  # goes on, the half-given answer forgotten
-    assert reader.text("#who") == 'Anna "A"'
+    reader.sees("#count", "Cell 6 of 12")  # goes on, the half-given answer forgotten
+    reader.sees("#who", 'Anna "A"')
     reader.click({"r": "[data-kind=real]", "d": "[data-kind=drawn]"}[keys[5]])
     reader.click("[data-sure='3']")
     for key in keys[6:]:
         reader.press(key, "5")
-    assert reader.text("#count") == "12 of 12 cells answered"
+    reader.sees("#count", "12 of 12 cells answered")
     anna = reader.save(tmp_path / "saved" / "answers-Anna-A-.csv")
     reader.click("#leave")
     reader.begin("Ben")
