@@ -1,4 +1,4 @@
-"""What several benches share: which baselines, the key of what is kept, how results are written."""
+"""What several benches share: which baselines, the name of what is kept, how results are written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def find_kinds(text: str) -> list[Kind]:
     return [kind for kind in KINDS if kind in names]
 
 
-def key(about: object) -> str:
+def digest_of(about: object) -> str:
     """A short digest of all that decides what is kept under it."""
     import hashlib
 

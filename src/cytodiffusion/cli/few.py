@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from cytodiffusion.cli.benches import key
+from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def place(world: World, job: Job) -> Path:
     own = (world.settings, first, draws()) if job.method.kind == OURS else _baseline(world, job)
     light = (world.settings.preprocess, world.settings.augmentation, world.classes)
     about = (job.repeat, world.seed, own, light, cells, world.test.sha256)
-    name = f"{job.count}-{job.repeat}-{str(job.method).replace(' + ', '-')}-{key(about)}"
+    name = f"{job.count}-{job.repeat}-{str(job.method).replace(' + ', '-')}-{digest_of(about)}"
     return world.out / "told" / f"{name}.npz"
 
 
@@ -291,7 +291,7 @@ def _train_baseline(world: World, job: Job) -> Told:
 def first_folder(world: World) -> Path:
     """The run on the unlabelled cells alone, from which those of all repeats begin."""
     about = (world.settings, world.first_steps, world.train.sha256)
-    return world.out / f"first-{key(about)}"
+    return world.out / f"first-{digest_of(about)}"
 
 
 def train_first(world: World, console: Console) -> None:

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from markupsafe import Markup
-from scipy.special import softmax
-from scipy.stats import t as student
+from scipy.special import softmax, stdtrit
 
 from cytodiffusion.classify.draws import Draws, stratified
 from cytodiffusion.errors import DataError
@@ -108,7 +107,7 @@ def interval(values: Sequence[float]) -> list[float] | None:
     """Student's 95 % interval of the mean; None for a single value."""
     if len(values) < 2:
         return None
-    half = student.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1)
+    half = stdtrit(len(values) - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1)
     half /= np.sqrt(len(values))
     return [float(np.mean(values) - half), float(np.mean(values) + half)]
 
