@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -316,12 +317,17 @@ def train_first(world: World, console: Console) -> None:
 
 
 def finished(world: World, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Told]]:
-    """Each job when it is done, `workers` at a time, each in a process of its own."""
+    """Each job when it is done, `workers` at a time, each in a process of its own.
+
+    Raises SettingsError where the system ends one of them.
+    """
     if workers == 1:
         for job in jobs:
             yield job, work(world, job)
         return
     from multiprocessing import get_context
+
+    from cytodiffusion.errors import SettingsError
 
     context = get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(world,))
@@ -329,6 +335,11 @@ def finished(world: World, jobs: Sequence[Job], workers: int) -> Iterator[tuple[
         waiting = {pool.submit(_work, job): job for job in jobs}
         for done in as_completed(waiting):
             yield waiting[done], done.result()
+    except BrokenProcessPool as error:
+        raise SettingsError(
+            "The system ended a training, as it does where memory runs out. What is finished is kept; "
+            f"try fewer than {workers} --jobs."
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -61,7 +61,10 @@ def low_data(
         int | None, typer.Option(min=2, help="About this many cells of it, as many of each class.")
     ] = 400,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Trainings at a time, instead of one a core.")
+        int | None,
+        typer.Option(
+            min=1, help="Trainings at a time, instead of one a core; each holds all cells."
+        ),
     ] = None,
     json: Json = False,
     seed: Seed = 0,
