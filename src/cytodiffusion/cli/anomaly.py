@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cytodiffusion.cli.benches import find_kinds, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.anomaly import Cells, Scored
-    from cytodiffusion.evaluate.baselines import Baseline, Kind
+    from cytodiffusion.evaluate.baselines import Baseline
 
 SHOWN = 8  # pictures of each kind of stranger
 
@@ -102,11 +103,10 @@ def anomaly(
     from cytodiffusion.evaluate.anomaly import KNOWN, compare, render
     from cytodiffusion.evaluate.baselines import BaselineSettings
     from cytodiffusion.evaluate.report import write_page
-    from cytodiffusion.files import write_file
     from cytodiffusion.train.settings import make_settings
 
     console, where, labels = Console(json), pick_device(device), Taxonomy.load()
-    kinds = _kinds(baselines)
+    kinds = find_kinds(baselines)
     splits = splits or _split_file(run)
     held = _held_out(source, splits, hold_out, run, labels)
     folder = None if held is None else run or out / held / "run"
@@ -142,7 +142,7 @@ def anomaly(
     words += ["--device", device, "--engine", engine]
     facts = {"command": shlex.join(map(str, words)), "seed": seed, **_origin(ours, rivals)}
     values = {"rows": rows, **facts}
-    write_file(out / "results.json", _text(values), "the results")
+    write_results(out, values)
     page = render(
         f"Strangers among {source.name}", rows, scored, _pictures(sets, scored, told), facts
     )
@@ -153,23 +153,6 @@ def anomaly(
 
 
 # --- what was asked for --------------------------------------------------------------------------
-
-
-def _kinds(text: str) -> list[Kind]:
-    """The baselines asked for. Raises SettingsError for one that there is not, MissingExtra."""
-    from cytodiffusion.errors import SettingsError
-    from cytodiffusion.evaluate.baselines import KINDS, library
-
-    if text == "none":
-        return []
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in KINDS:
-            raise SettingsError(
-                f"There is no baseline '{name}'. There are: {', '.join(KINDS)}; or none."
-            )
-    library()  # now, not after hours
-    return [kind for kind in KINDS if kind in names]
 
 
 def _split_file(run: Path | None) -> Path | None:
@@ -252,12 +235,6 @@ def _origin(ours: Model, rivals: Sequence[Baseline]) -> dict[str, Any]:
         "model": ours.name, "weights": ours.weights_sha256[:12], "trained_by": ours.config["origin"],
         "baselines": trained, "engine": ours.engine, "cores": cores(), "commit": commit(),
     }  # fmt: skip
-
-
-def _text(values: dict[str, Any]) -> bytes:
-    import json
-
-    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _heading() -> str:

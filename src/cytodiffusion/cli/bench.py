@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from cytodiffusion.cli import anomaly, authenticity, cost, faithful, fidelity, shift, uncertainty
+from cytodiffusion.cli import (
+    anomaly,
+    authenticity,
+    cost,
+    faithful,
+    fidelity,
+    low_data,
+    shift,
+    uncertainty,
+)
 
 app = typer.Typer(
     help="The paper's experiments, against other procedures and against people.",
@@ -16,5 +25,6 @@ app.add_typer(authenticity.app, name="authenticity")
 app.command("cost")(cost.cost)
 app.command("explain")(faithful.faithful)
 app.command("fidelity")(fidelity.fidelity)
+app.command("low-data")(low_data.low_data)
 app.command("shift")(shift.shift)
 app.command("uncertainty")(uncertainty.uncertainty)

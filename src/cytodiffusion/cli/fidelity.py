@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -218,7 +219,7 @@ def _independent(
     from cytodiffusion.files import writing_to
 
     names, device = model.classes.names, str(model.classifier.device)
-    key = _key((settings, model.preprocess, names, training.digests))
+    key = digest_of((settings, model.preprocess, names, training.digests))
     folder = out / "classifiers" / f"{settings.kind}-{key}"
     if (folder / "baseline.json").exists():
         console.note(f"Independent classifier: trained before, see {folder}.")
@@ -263,7 +264,11 @@ def _authentic(
     from cytodiffusion.files import write_file
 
     drawn, real = pair
-    path = out / "measured" / f"real-or-drawn-{_key((settings, drawn.digests, real.digests))}.json"
+    path = (
+        out
+        / "measured"
+        / f"real-or-drawn-{digest_of((settings, drawn.digests, real.digests))}.json"
+    )
     if path.exists():
         console.note(f"Real or drawn: measured before, see {path}.")
         return dict(json.loads(path.read_text()))
@@ -316,12 +321,6 @@ def _percent(work: Generator[Progress, None, T]) -> Generator[int, None, T]:
             yield round(100 * next(work).done)
         except StopIteration as end:
             return end.value
-
-
-def _key(about: object) -> str:
-    import hashlib
-
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
 
 
 # --- what is shown -------------------------------------------------------------------------------

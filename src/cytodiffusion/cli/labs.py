@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def train_model(bench: Bench, folder: Path, parts: Parts) -> Model:
     from cytodiffusion.bundle import load
     from cytodiffusion.cli.train import run_training, write_bundle
 
-    key = _key((bench.settings, [(s.name, s.label) for s in parts["train"]]))
+    key = digest_of((bench.settings, [(s.name, s.label) for s in parts["train"]]))
     run_folder = folder / f"run-{key}"
     if not (run_folder / "bundle" / "config.json").exists():
         console, labels = bench.console, bench.labels
@@ -221,7 +222,7 @@ def make_baseline(
     settings, console = bench.settings, bench.console
     wanted = BaselineSettings(kind=kind, minutes=minutes, balance=settings.balance, seed=bench.seed)
     about = (wanted, settings.preprocess, settings.augmentation, [s.name for s in parts["train"]])
-    place = folder / "baselines" / f"{kind}-{_key(about)}"
+    place = folder / "baselines" / f"{kind}-{digest_of(about)}"
     if (place / "baseline.json").exists():
         console.note(f"{kind}: trained before, see {place}.")
         return Baseline.load(place, bench.device)
@@ -271,7 +272,7 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
     draws = middle_draws() if step.middle else model.classifier.budget("full").draws
     for preprocess in preprocesses(step, model.preprocess, lab.look):
         about = (bundle, _digests(lab), lab.truth, preprocess, draws, model.engine)
-        path = bench.out / "measured" / f"{model.name}-{lab.name}-{_key(about)}.npz"
+        path = bench.out / "measured" / f"{model.name}-{lab.name}-{digest_of(about)}.npz"
         if not path.exists():
             work = measure(model.classifier, lab.samples, truth, preprocess, step.middle, cores())
             one = bench.console.follow(work, f"{model.name} on {lab.name}", len(truth), "cells")
@@ -317,9 +318,3 @@ def _digests(lab: Lab) -> list[str]:
         except UnreadableImage:
             found.append("")
     return found
-
-
-def _key(about: object) -> str:
-    import hashlib
-
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cytodiffusion.cli.benches import find_kinds, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -75,10 +76,9 @@ def shift(
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.report import write_page
     from cytodiffusion.evaluate.shift import render
-    from cytodiffusion.files import write_file
 
     console, labels = Console(json), Taxonomy.load()
-    names, kinds = _steps(steps), _kinds(baselines)
+    names, kinds = _steps(steps), find_kinds(baselines)
     settings = settings_of(preset, [*(change or []), f"seed={seed}"])
     bench = Bench(out, settings, labels, seed, pick_device(device), engine, console)
     labs, answers = list_labs(bench, train, foreign, splits, model)
@@ -100,7 +100,7 @@ def shift(
     facts = {"command": shlex.join(map(str, words)), "seed": seed, "classes": ", ".join(answers),
              "labels of the foreign sets": "none used", "cores": cores(), **_origin(ours)}  # fmt: skip
     values = {"rows": rows, **facts}
-    write_file(out / "results.json", _text(values), "the results")
+    write_results(out, values)
     page = render(f"From {train.name} to other laboratories", rows, facts)
     write_page(out / "report.html", page)
     console.result(values, "\n".join([_heading(), *map(_line, rows), f"See {out}."]))
@@ -116,19 +116,6 @@ def _steps(text: str) -> list[str]:
     names = list(STEPS) if text == "all" else [name.strip() for name in text.split(",")]
     if wrong := [name for name in names if name not in STEPS]:
         raise SettingsError(f"There is no step '{wrong[0]}'. There are: {', '.join(STEPS)}.")
-    return names
-
-
-def _kinds(text: str) -> list[Any]:
-    """Raises SettingsError for a baseline that there is not."""
-    from cytodiffusion.errors import SettingsError
-    from cytodiffusion.evaluate.baselines import KINDS
-
-    names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    if wrong := [name for name in names if name not in KINDS]:
-        raise SettingsError(
-            f"There is no baseline '{wrong[0]}'. There are: {', '.join(KINDS)}; none."
-        )
     return names
 
 
@@ -217,12 +204,6 @@ def _origin(ours: Any) -> dict[str, Any]:
 
     return {"model": ours.name, "weights": ours.weights_sha256[:12], "engine": ours.engine,
             "commit": commit()}  # fmt: skip
-
-
-def _text(values: dict[str, Any]) -> bytes:
-    import json
-
-    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _heading() -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ def make_baseline(
     console, augmentation = bench.console, bench.settings.augmentation
     preprocess, names = _preprocess(bench, ours), ours.classes.names
     about = (settings, augmentation, preprocess, names, train.digests, known.digests)
-    folder = bench.out / "baselines" / f"{settings.kind}-{_key(about)}"
+    folder = bench.out / "baselines" / f"{settings.kind}-{digest_of(about)}"
     if (folder / "baseline.json").exists():
         console.note(f"{settings.kind}: trained before, see {folder}.")
         return Baseline.load(folder, bench.device)
@@ -302,7 +303,7 @@ def _measured(bench: Bench, ours: Model, name: str, cells: Cells) -> Measured:
 
     checksums = (ours.folder / "checksums.json").read_text()
     pixels = hashlib.sha256(cells.pixels.tobytes()).hexdigest()
-    key = _key((checksums, pixels, cells.digests, ours.engine))
+    key = digest_of((checksums, pixels, cells.digests, ours.engine))
     path = bench.out / "measured" / f"{name.replace(' ', '-')}-{key}.npz"
     if path.exists():
         bench.console.note(f"{name}: measured before, see {path}.")
@@ -333,7 +334,3 @@ def trunk_features(model: Model, device: str) -> Features:
         return network.features(noisy, log_sigma).mean((2, 3))
 
     return features
-
-
-def _key(about: object) -> str:
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]

@@ -111,6 +111,29 @@ def cost_curves(curves: Sequence[tuple[list[float], list[float]]]) -> str:
     return _svg(figure, "cost")
 
 
+def label_curves(
+    curves: Sequence[Sequence[tuple[int, float, Sequence[float] | None]]],
+) -> str:
+    """Balanced accuracy against labels a class: (labels, mean, interval) of each method.
+
+    Line i looks as `key(i)` says; lines are moved aside a little, so that intervals can be told apart.
+    """
+    figure = Figure(figsize=(6.4, 4.2))
+    axes = figure.subplots()
+    for i, curve in enumerate(curves):
+        colour, aside = COLOURS[i % len(COLOURS)], 1.02 ** (i - len(curves) / 2)
+        labels = [aside * n for n, *_ in curve]
+        axes.plot(labels, [mean for _, mean, _ in curve], color=colour, linewidth=2, marker="o",
+                  markersize=4, linestyle=_dash(i))  # fmt: skip
+        for place, (_, _, bounds) in zip(labels, curve, strict=True):
+            if bounds is not None:
+                axes.plot([place, place], bounds, color=colour, alpha=0.5)
+    every = sorted({n for curve in curves for n, *_ in curve})
+    axes.set(xlabel="labels a class", ylabel="balanced accuracy", xscale="log")
+    axes.set_xticks(every, [str(n) for n in every])
+    return _svg(figure, "labels")
+
+
 def roc_curves(curves: Sequence[tuple[list[float], list[float]]], *, name: str = "roc") -> str:
     """Share of strangers caught against share of normal cells flagged, a curve for each score.
 

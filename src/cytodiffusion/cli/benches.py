@@ -1,0 +1,43 @@
+"""What several benches share: which baselines, the name of what is kept, how results are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cytodiffusion.evaluate.baselines import Kind
+
+
+def find_kinds(text: str) -> list[Kind]:
+    """The baselines asked for. Raises SettingsError for one that there is not, MissingExtra."""
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.evaluate.baselines import KINDS, library
+
+    if text == "none":
+        return []
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in KINDS:
+            raise SettingsError(
+                f"There is no baseline '{name}'. There are: {', '.join(KINDS)}; or none."
+            )
+    library()  # now, not after hours
+    return [kind for kind in KINDS if kind in names]
+
+
+def digest_of(about: object) -> str:
+    """A short digest of all that decides what is kept under it."""
+    import hashlib
+
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+
+
+def write_results(out: Path, values: dict[str, Any]) -> None:
+    """OUT/results.json. Raises OutputError."""
+    import json
+
+    from cytodiffusion.files import write_file
+
+    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    write_file(out / "results.json", text.encode(), "the results")

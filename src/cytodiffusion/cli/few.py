@@ -1,0 +1,365 @@
+"""The steps of `bench low-data`: which cells, which trainings, what each says of the cells of the test.
+
+A training is a job of its own, on one core, so that there are as many at a time as there are cores. What
+it says is kept in OUT/told under a digest of all that decides it; its weights are not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from cytodiffusion.cli.benches import digest_of
+from cytodiffusion.cli.console import Console, cores
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.data.taxonomy import Taxonomy
+    from cytodiffusion.evaluate.low_data import Method
+    from cytodiffusion.release import Pixels
+    from cytodiffusion.train.loop import Run
+    from cytodiffusion.train.settings import TrainSettings
+
+# The preset cpu here: minutes a training, with a network of half the work. --set goes over it.
+SHORT = (
+    "steps=400", "warmup=30", "ema=0.98", "cooldown=0.5", "checkpoint_minutes=0.5",
+    "network.width=32", "network.multipliers=[1,2,2]", "network.blocks=1",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """What every job needs; sent to every process."""
+
+    out: Path
+    settings: TrainSettings  # of ours; its augmentation is also the baselines'
+    classes: tuple[str, ...]
+    train: Pixels  # canvases, all of them labelled: a job hides labels
+    test: Pixels
+    seed: int
+    first_steps: int  # of ours on the unlabelled cells alone; 0: none
+    device: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    count: int  # labels a class
+    repeat: int
+    method: Method
+    minutes: float | None = None  # of a baseline
+
+    def __str__(self) -> str:
+        return f"{self.count} labels, repeat {self.repeat}, {self.method}"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a training says of the cells of the test, and what it took."""
+
+    probabilities: np.ndarray  # (n, k)
+    seconds: float
+    steps: int
+
+
+def settings_of(preset: str, changes: Sequence[str]) -> TrainSettings:
+    """Settings of ours. Raises SettingsError."""
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.train.settings import make_settings
+
+    settings = make_settings(preset, [*(SHORT if preset == "cpu" else ()), *changes])
+    if settings.network.form != "heads":
+        raise SettingsError("This bench trains a network with a head for each class: form=heads.")
+    return settings
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def list_cells(
+    source: Path, splits: Path | None, split: str, seed: int, labels: Taxonomy
+) -> tuple[list[Sample], list[Sample]]:
+    """Samples to train on (some without labels) and labelled ones to test on.
+
+    A set without splits is dealt, four to one. Raises DataError, SettingsError.
+    """
+    from cytodiffusion.data.check import check
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.data.split import split as deal
+    from cytodiffusion.errors import DataError, SettingsError
+
+    if split == "train":
+        raise SettingsError("The cells of `train` are trained on. Give another split to test on.")
+    samples = labels.respell(read_dataset(source, splits=splits))
+    known = [sample for sample in samples if sample.label is not None]
+    if known and all(sample.split is None for sample in known):
+        same = check(known, pixels=False).duplicate_groups()
+        dealt = deal(known, {"train": 0.8, split: 0.2}, seed=seed, duplicates=same)
+        side = {row.name: row.split for row in dealt}
+        known = [replace(sample, split=side[sample.name]) for sample in known]
+    train, test = ([s for s in known if s.split == name] for name in ("train", split))
+    for name, found in (("train", train), (split, test)):
+        if not found:
+            raise DataError(f"{source} has no labelled cell in the split '{name}'.")
+    bare = [s for s in samples if s.label is None and s.split in (None, "train")]
+    return [*train, *bare], test
+
+
+def read_cells(
+    samples: Sequence[Sample], what: str, classes: tuple[str, ...], settings: TrainSettings,
+    margin: float, labels: Taxonomy, console: Console,
+) -> Pixels:  # fmt: skip
+    """The images, in an order that does not depend on the listing. Those not read are named."""
+    import numpy as np
+
+    from cytodiffusion.release import load_pixels
+
+    work = load_pixels(samples, classes, settings.preprocess, margin, cores(), labels)
+    found = console.follow(work, f"reading {what}", len(samples), "images")
+    for problem in found.problems:
+        console.unread += 1
+        console.note(f"Not read: {problem}")
+    return found.part(np.argsort(found.digests, kind="stable"))
+
+
+def some(samples: Sequence[Sample], count: int | None, seed: int) -> Sequence[Sample]:
+    """About `count` cells, as many of each class; all where it is None."""
+    import numpy as np
+
+    from cytodiffusion.classify.fit import race_part
+
+    if count is None:
+        return samples
+    truth = np.unique([str(sample.label) for sample in samples], return_inverse=True)[1]
+    return [samples[i] for i in np.sort(race_part(truth, count, seed))]
+
+
+def given_to(world: World, job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training cells that a job sees, and their labels; -1: hidden."""
+    import numpy as np
+
+    from cytodiffusion.evaluate.low_data import choose
+
+    chosen = choose(world.train.labels, job.count, world.seed, job.repeat)
+    if not job.method.rest:
+        return chosen, world.train.labels[chosen]
+    hidden = np.full(len(world.train.labels), -1)
+    hidden[chosen] = world.train.labels[chosen]
+    return np.arange(len(hidden)), hidden
+
+
+# --- one training --------------------------------------------------------------------------------
+
+
+def place(world: World, job: Job) -> Path:
+    """Where what it says is kept."""
+    from cytodiffusion.evaluate.low_data import OURS, draws
+
+    rows, labels = given_to(world, job)
+    cells = [(world.train.digests[i], int(k)) for i, k in zip(rows, labels, strict=True)]
+    first = world.first_steps if job.method.rest else 0
+    own = (world.settings, first, draws()) if job.method.kind == OURS else _baseline(world, job)
+    light = (world.settings.preprocess, world.settings.augmentation, world.classes)
+    about = (job.repeat, world.seed, own, light, cells, world.test.sha256)
+    name = f"{job.count}-{job.repeat}-{str(job.method).replace(' + ', '-')}-{digest_of(about)}"
+    return world.out / "told" / f"{name}.npz"
+
+
+def work(world: World, job: Job) -> Told:
+    """Train and test, or read where that was done before."""
+    import numpy as np
+    import torch
+
+    from cytodiffusion.evaluate.low_data import OURS
+    from cytodiffusion.files import whole, writing_to
+
+    path = place(world, job)
+    if path.exists():
+        with np.load(path) as kept:
+            return Told(kept["probabilities"], float(kept["seconds"]), int(kept["steps"]))
+    torch.set_num_threads(1)  # the most work in a minute of the processor
+    folder = world.out / "runs" / path.stem
+    told = (
+        _train_ours(world, job, folder) if job.method.kind == OURS else _train_baseline(world, job)
+    )
+    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
+        np.savez(file, **vars(told))
+    shutil.rmtree(folder, ignore_errors=True)
+    return told
+
+
+def _train_ours(world: World, job: Job, folder: Path) -> Told:
+    from cytodiffusion.cli.train import first_weights
+    from cytodiffusion.train.loop import Run, TrainingSet
+
+    rows, labels = given_to(world, job)
+    canvases = world.train.images if job.method.rest else world.train.images[rows]
+    first = first_folder(world) if job.method.rest and world.first_steps else None
+    settings = world.settings.model_copy(update={"seed": world.seed + job.repeat})
+    start = first_weights(str(first), world.classes) if first else None
+    run = Run(folder, settings, TrainingSet(canvases, labels, world.classes), world.device, start)
+    for _ in fit(run):
+        pass
+    seconds = spent(folder) + (spent(first) if first else 0)
+    return Told(_ask(run, world.test), round(seconds, 1), run.step)
+
+
+def fit(run: Run) -> Generator[int, None, None]:
+    """Yield steps. Seconds in metrics.jsonl are the processor's where there is no GPU."""
+    from cytodiffusion.files import writing_to
+    from cytodiffusion.train.loop import train
+    from cytodiffusion.train.record import record
+
+    clock = time.process_time if run.accelerator.device.type == "cpu" else time.monotonic
+    began = clock()
+    for progress in train(run, report_every=10):
+        taken, began = clock() - began, clock()
+        with writing_to(run.folder):
+            record(run, replace(progress, seconds=max(taken, 1e-9)))
+        yield progress.step
+
+
+def spent(folder: Path) -> float:
+    """Seconds of a training, what was before a cut included."""
+    from cytodiffusion.train.record import read_metrics
+
+    return sum(line["seconds"] for line in read_metrics(folder / "metrics.jsonl"))
+
+
+def _ask(run: Run, cells: Pixels) -> np.ndarray:
+    """Probabilities by the running mean of the weights and of the classification term."""
+    import numpy as np
+    import torch
+
+    from cytodiffusion.classify.evidence import DenoiserMeter
+    from cytodiffusion.classify.measure import Measurement
+    from cytodiffusion.data.images import to_tensor
+    from cytodiffusion.data.transforms import POSES
+    from cytodiffusion.diffusion.loss import Sharpness, edm_weight
+    from cytodiffusion.evaluate.low_data import draws, read
+
+    trials, device = draws(), run.accelerator.device
+    sharpness, sigmas = Sharpness(), torch.from_numpy(trials.sigmas)
+    sharpness.load_state_dict({"log_beta": run.ema.mean["sharpness.log_beta"].cpu()})
+    with torch.no_grad():
+        nats = sharpness(sigmas) * edm_weight(sigmas, run.settings.sigma_data)
+    measurement = Measurement(trials, len(run.data.classes) + 1, POSES)
+    meter = DenoiserMeter(run.denoiser("ema"))
+    errors = measurement.measure(meter, to_tensor(cells.images).to(device), cells.digests)
+    return read(errors[:, :, :-1], nats.numpy().astype(np.float64))
+
+
+def _baseline(world: World, job: Job) -> Any:
+    from cytodiffusion.evaluate.baselines import BaselineSettings
+
+    return BaselineSettings(
+        kind=job.method.kind, minutes=job.minutes, balance=world.settings.balance,
+        pseudo=job.method.rest, seed=world.seed + job.repeat,
+    )  # fmt: skip
+
+
+def _train_baseline(world: World, job: Job) -> Told:
+    from cytodiffusion.data.images import to_tensor
+    from cytodiffusion.evaluate.baselines import train_baseline
+
+    rows, labels = given_to(world, job)
+    canvases = world.train.images if job.method.rest else world.train.images[rows]
+    fitting = train_baseline(
+        canvases, labels, world.classes, world.settings.preprocess, world.settings.augmentation,
+        _baseline(world, job), device=world.device,
+    )  # fmt: skip
+    while True:
+        try:
+            next(fitting)
+        except StopIteration as end:
+            found = end.value
+            break
+    told = found.predict_proba(to_tensor(world.test.images))
+    return Told(told, found.trained["seconds"], found.trained["steps"])
+
+
+# --- the unlabelled cells alone ------------------------------------------------------------------
+
+
+def first_folder(world: World) -> Path:
+    """The run on the unlabelled cells alone, from which those of all repeats begin."""
+    about = (world.settings, world.first_steps, world.train.sha256)
+    return world.out / f"first-{digest_of(about)}"
+
+
+def train_first(world: World, console: Console) -> None:
+    """Train on all training cells without any label; what was trained before is not trained anew."""
+    import numpy as np
+    import torch
+
+    from cytodiffusion.train.loop import Run, TrainingSet
+
+    torch.set_num_threads(1)  # as in every other training
+    settings = world.settings.model_copy(update={"steps": world.first_steps})
+    nothing = np.full(len(world.train.labels), -1)
+    data = TrainingSet(world.train.images, nothing, world.classes)
+    run = Run(first_folder(world), settings, data, world.device)
+    console.follow(fit(run), "training without labels", world.first_steps, "steps")
+
+
+# --- many trainings ------------------------------------------------------------------------------
+
+
+def finished(world: World, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Told]]:
+    """Each job when it is done, `workers` at a time, each in a process of its own.
+
+    Raises SettingsError where the system ends one of them.
+    """
+    if workers == 1:
+        for job in jobs:
+            yield job, work(world, job)
+        return
+    from multiprocessing import get_context
+
+    from cytodiffusion.errors import SettingsError
+
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(world,))
+    try:
+        waiting = {pool.submit(_work, job): job for job in jobs}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
+    except BrokenProcessPool as error:
+        raise SettingsError(
+            "The system ended a training, as it does where memory runs out. What is finished is kept; "
+            f"try fewer than {workers} --jobs."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worlds = list[World]()  # of this process: one, sent when it begins
+
+
+def _begin(world: World) -> None:
+    """Take the world, and leave with the process that sent it, however that ends."""
+    from multiprocessing import parent_process
+
+    def follow() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    _worlds.append(world)
+    Thread(target=follow, daemon=True).start()
+
+
+def _work(job: Job) -> Told:
+    return work(_worlds[0], job)

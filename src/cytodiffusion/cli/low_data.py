@@ -1,0 +1,209 @@
+"""`bench low-data`: what is learned from few labels, with and without the unlabelled rest."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cytodiffusion.cli.benches import find_kinds, write_results
+from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Out, Seed, cores, pick_device
+
+if TYPE_CHECKING:
+    from cytodiffusion.cli.few import Job, World
+
+
+def low_data(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
+    out: Out,
+    labels: Annotated[
+        str, typer.Option(help="Labelled cells of each class, separated by commas.")
+    ] = "10,20,50",
+    repeats: Annotated[int, typer.Option(min=1, help="Choices of the labelled cells.")] = 5,
+    baselines: Annotated[
+        str, typer.Option(help="Some of resnet, convnext, vit; or none.")
+    ] = "resnet,convnext,vit",
+    unlabelled: Annotated[
+        bool,
+        typer.Option(
+            "--unlabelled/--no-unlabelled",
+            help="Also train with the rest of the training cells, labels hidden.",
+        ),
+    ] = True,
+    first_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Steps of ours on the unlabelled cells alone, once, to begin from; 0: none."
+        ),
+    ] = 0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Processor time for each baseline, instead of what ours took with the same cells.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of each training of ours, instead of the preset's.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="Of ours; cpu is a smaller network here, and 400 steps.")
+    ] = "cpu",
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting of it.")
+    ] = None,
+    splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
+    split: Annotated[str, typer.Option(help="Which split to test on.")] = "test",
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="About this many cells of it, as many of each class.")
+    ] = 400,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Trainings at a time, instead of one a core; each holds all cells."
+        ),
+    ] = None,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Balanced accuracy from few labels, ours and baselines, with and without the unlabelled rest.
+
+    OUT/results.json and report.html. Run again, what was trained is kept; a cut training of ours goes
+    on. As it is, with --repeats 3, it should take two cores about two hours.
+    """
+    from cytodiffusion.cli.few import (
+        World,
+        list_cells,
+        read_cells,
+        settings_of,
+        some,
+        train_first,
+    )
+    from cytodiffusion.data.taxonomy import Taxonomy
+    from cytodiffusion.evaluate.low_data import OURS, Method, check_counts, gains, render, summary
+    from cytodiffusion.evaluate.report import write_page
+    from cytodiffusion.release import class_names
+
+    console, where, names = Console(json), pick_device(device), Taxonomy.load()
+    counts, kinds = _counts(labels), find_kinds(baselines)
+    settings = settings_of(preset, [*([f"steps={steps}"] if steps else []), *(change or [])])
+    train, test = list_cells(source, splits, split, seed, names)
+    classes = class_names(train, names)
+    known = [str(sample.label) for sample in train if sample.label is not None]
+    check_counts(known, counts)
+    console.note(NOTICE)
+
+    margin = settings.augmentation.margin
+    cells = read_cells(train, "train", classes, settings, margin, names, console)
+    shown = some([s for s in test if s.label in classes], limit, seed)
+    asked = read_cells(shown, split, classes, settings, 1.0, names, console)
+    check_counts([classes[k] for k in cells.labels if k >= 0], counts)
+    world = World(out, settings, classes, cells, asked, seed, first_steps * unlabelled, where)
+    if world.first_steps:
+        train_first(world, console)
+    kept = [Method(OURS, rest) for rest in (False, True)[: 1 + unlabelled]]
+    kept += [Method(kind, rest) for kind in kinds for rest in (False, True)[: 1 + unlabelled]]
+    workers = jobs or (cores() if where == "cpu" else 1)
+    rows = _train_all(world, counts, repeats, kept, minutes, workers, console)
+
+    results = {"rows": rows, "summary": summary(rows), "gains": gains(rows)}
+    given = {"--splits": splits, "--minutes": minutes, "--limit": limit, "--jobs": jobs,
+             "--steps": steps}  # fmt: skip
+    words: list[object] = ["cytodiffusion", "bench", "low-data", source, "-o", out]
+    words += ["--labels", labels, "--repeats", repeats, "--baselines", baselines]
+    words += ["--unlabelled" if unlabelled else "--no-unlabelled", "--first-steps", first_steps]
+    words += ["--preset", preset, "--split", split]
+    words += [part for each in change or [] for part in ("--set", each)]
+    words += [part for pair in given.items() if pair[1] is not None for part in pair]
+    words += ["--seed", seed, "--device", device]
+    facts = {"command": shlex.join(map(str, words)), "seed": seed, **_origin(world)}
+    write_results(out, results | facts)
+    write_page(out / "report.html", render(f"Few labels: {source.name}", results, facts))
+    lines = [*map(_line, results["summary"]), *map(_gain, results["gains"])]
+    console.result(results | facts, "\n".join([_heading(), *lines, f"See {out}."]))
+    if console.unread:
+        raise typer.Exit(1)
+
+
+def _counts(text: str) -> list[int]:
+    """Numbers of labels. Raises SettingsError for one that is none, or below 2."""
+    from cytodiffusion.errors import SettingsError
+
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 2:  # a baseline sets one aside to choose its learning rate by
+        raise SettingsError(f"--labels takes numbers from 2 on, as in 10,20,50; not '{text}'.")
+    return counts
+
+
+def _train_all(
+    world: World, counts: Sequence[int], repeats: int, methods: Sequence[Any],
+    minutes: float | None, workers: int, console: Console,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for every training: first all of ours, then baselines for as long as those took."""
+    from cytodiffusion.cli.few import Job, finished
+    from cytodiffusion.evaluate.low_data import OURS, row
+
+    every = [Job(n, r, method) for n in counts for method in methods for r in range(repeats)]
+    found, took = dict[Job, dict[str, Any]](), dict[tuple[int, int, bool], float]()
+    console.start()
+
+    def run(some: Sequence[Job]) -> None:
+        for job, told in finished(world, some, workers):
+            spent = {"seconds": told.seconds, "steps": told.steps}
+            truth = world.test.labels
+            one = row(job.count, job.repeat, job.method, truth, told.probabilities, spent)
+            found[job] = one
+            took.setdefault((job.count, job.repeat, job.method.rest), told.seconds / 60)
+            console.note(f"{job}: balanced accuracy {one['balanced_accuracy']:.4f}")
+            console.progress("training", len(found), len(every), "trainings")
+
+    run([job for job in every if job.method.kind == OURS])
+    run([
+        Job(job.count, job.repeat, job.method,
+            minutes or took[job.count, job.repeat, job.method.rest])
+        for job in every if job.method.kind != OURS
+    ])  # fmt: skip
+    order = {(job.count, job.method, job.repeat): i for i, job in enumerate(every)}
+    return [found[j] for j in sorted(found, key=lambda j: order[j.count, j.method, j.repeat])]
+
+
+def _origin(world: World) -> dict[str, Any]:
+    from collections import Counter
+
+    from cytodiffusion.cli.few import first_folder, spent
+    from cytodiffusion.release import commit
+
+    tested = Counter(world.classes[k] for k in world.test.labels)
+    first = round(spent(first_folder(world)), 1) if world.first_steps else 0
+    return {
+        "training_cells": len(world.train.labels), "training_sha256": world.train.sha256[:12],
+        "test_cells": dict(sorted(tested.items())), "test_sha256": world.test.sha256[:12],
+        "labels_of_other_cells": "none used",
+        "seconds_on_unlabelled_cells_alone": first,  # and counted again in each training
+        "device": world.device, "cores": cores(), "commit": commit(),
+    }  # fmt: skip
+
+
+def _heading() -> str:
+    return f"{'labels':>6}  {'method':<24}{'repeats':>8}{'balanced':>10}  95 %"
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One method with so many labels, for a terminal."""
+    bounds = row["balanced_accuracy_ci95"]
+    told = f"[{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "-"
+    head = f"{row['labels']:>6}  {row['method']:<24}{row['repeats']:>8}"
+    return f"{head}{row['balanced_accuracy']:>10.4f}  {told}"
+
+
+def _gain(row: dict[str, Any]) -> str:
+    bounds = row["gain_ci95"]
+    told = f" [{bounds[0]:+.4f}, {bounds[1]:+.4f}]" if bounds else ""
+    return f"{row['labels']:>6}  {row['method']} less {row['baseline']}: {row['gain']:+.4f}{told}"
