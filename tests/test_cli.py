@@ -23,6 +23,8 @@ from PIL import Image
 
 from cytodiffusion import bundle as bundles
 from cytodiffusion.cli.main import app
+from cytodiffusion.data.load import look_of
+from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import png
 
 CPU = ("--device", "cpu")
@@ -586,6 +588,15 @@ def test_train_leaves_what_it_promises(tiny: Tiny) -> None:
     assert there >= {"bundle", "settings.yaml", "splits.csv", "metrics.jsonl", "checkpoint"}
     for line in tiny.said.err.splitlines():
         json.loads(line)
+
+
+def test_train_keeps_the_look_of_its_frames(tiny: Tiny) -> None:
+    """So that `predict --match` brings others to it, not to PBC's."""
+    samples = read_dataset(tiny.cells, splits=tiny.run / "splits.csv", split="train")
+    look = bundles.load(str(tiny.bundle)).preprocess.look
+    assert look == look_of(samples)[0]
+    assert look.cell > 0.8 * 2 * 0.22  # half a frame and more: discs of radius .22 to .32
+    assert look.light == pytest.approx((225, 225, 225), abs=8)
 
 
 def test_train_again_when_done(tiny: Tiny, tmp_path: Path) -> None:

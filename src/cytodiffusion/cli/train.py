@@ -59,6 +59,7 @@ def train(
     console = Console(json)
     console.note(NOTICE)
     parts = split_samples(source, splits, out, settings.seed, labels, console)
+    settings = with_look(settings, parts["train"], console)
     run, held = run_training(parts, out, settings, device, labels, console, start)
     if run is not None:
         origin = {"data": source.resolve().name, "preset": preset, "changes": changes}
@@ -69,6 +70,23 @@ def train(
                                f"-o {out / 'test'}")  # fmt: skip
     if console.unread:
         raise typer.Exit(1)
+
+
+def with_look(settings: TrainSettings, samples: Sequence[Sample], console: Console) -> TrainSettings:
+    """Settings that say what these frames look like, for `predict --match`, unless they were told."""
+    from cytodiffusion.data.load import look_of
+    from cytodiffusion.data.look import Look
+    from cytodiffusion.errors import DataError
+
+    if settings.preprocess.look != Look():
+        return settings
+    try:
+        look, _ = look_of(samples)
+    except DataError:
+        console.note("No white cell was found in these frames: predict --match will not fit them.")
+        return settings
+    preprocess = settings.preprocess.model_copy(update={"look": look})
+    return settings.model_copy(update={"preprocess": preprocess})
 
 
 def split_samples(
