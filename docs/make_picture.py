@@ -15,7 +15,7 @@ from cytodiffusion.bundle import ZOO, load
 from cytodiffusion.classify.draws import standard_normal
 from cytodiffusion.data.images import to_pixels
 
-CELL = "eosinophil_1000.png"
+CELL = "eosinophil_1003.png"
 SIGMA = 0.6
 BLUE, GREY = "#2166ac", "#9a9a9a"
 
