@@ -20,6 +20,7 @@ from typing import Any
 
 from cytodiffusion.evaluate.anomaly import OURS, TOLD
 from cytodiffusion.evaluate.corruptions import CORRUPTIONS
+from cytodiffusion.evaluate.explained import said
 from cytodiffusion.evaluate.published import (
     ANOMALY,
     AS_ASKED,
@@ -347,7 +348,7 @@ def explain(values: Values) -> Findings:
         areas = values["areas"][reference]
         lines.append(Line(
             f"Do maps show what the classifier goes by? (deletion to “{reference}”, nats, lower is better)",
-            Figure(areas["support"]["deletion"], "number", of="support"),
+            Figure(areas["support"]["deletion"], "number", of=f"support, better by {said(gain[hardest])}"),
             Figure(areas[hardest]["deletion"], "number", of=hardest), MAPS, False, why,
         ))  # fmt: skip
     lines.append(Line(

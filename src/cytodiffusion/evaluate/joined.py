@@ -126,11 +126,11 @@ def as_dict(experiments: Sequence[Experiment]) -> dict[str, Any]:
     return {"summary": summary, "experiments": runs}
 
 
-def said(figure: Figure) -> str:
-    """A figure in words: 97.4 % (96.7 – 98.0 %)."""
+def said(figure: Figure, interval: bool = True) -> str:
+    """A figure in words, with its interval or without: 97.4 % (96.7 - 98.0 %)."""
     style = STYLES[figure.style]
     text = style(figure.value) + (f" {figure.unit}" if figure.unit else "")
-    if figure.ci95 is None:
+    if figure.ci95 is None or not interval:
         return text
     low, high = (style(bound) for bound in figure.ci95)
     return f"{text} ({low.removesuffix(PERCENT)} {DASH} {high})"
