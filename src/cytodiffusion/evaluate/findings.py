@@ -112,11 +112,11 @@ def _best(rows: Sequence[Values], key: str) -> Values | None:
 
 def evaluate(values: Values) -> Findings:
     """Of metrics.json; what others have published for PBC stands in the paper's place."""
-    sets, names = sets_of(values), {"of": f"{values['model']}, {values['budget']}"}
+    sets, mine = sets_of(values), f"{values['model']}, {values['budget']}"
     where = f"measured on {', '.join(sets)}" if sets else "which cells these are is not recorded"
     told = ["the paper's own figure is not public", "others' cells and measure are not said"]
     line = Line(
-        "How often are cells named rightly?", take(values, "balanced_accuracy", **names), None,
+        "How often are cells named rightly?", take(values, "balanced_accuracy", of=mine), None,
         BLOODCAPS, _has(sets, "pbc"), [where, *told],
     )  # fmt: skip
     shown: list[tuple[str, str, Style]] = [
@@ -327,11 +327,12 @@ def fidelity(values: Values) -> Findings:
          take(row["real"], "agreement")]
         for row in values["agreement"]
     ]  # fmt: skip
-    alike = values["alike"]
+    alike, measures = values["alike"], dict[str, Style](
+        FID="short", KID="short", Precision="percent", Recall="percent", Coverage="percent"
+    )  # fmt: skip
     rows += [
         [name, *(take(alike[kind], name.lower(), style) for kind in ("drawn", "real"))]
-        for name, style in (("FID", "short"), ("KID", "short"), ("Precision", "percent"),
-                            ("Recall", "percent"), ("Coverage", "percent"))
+        for name, style in measures.items()
     ]  # fmt: skip
     rows += [[f"nearer than usual, in {name}", take(row, "nearer"), None]
              for name, row in values["copies"].items()]  # fmt: skip
