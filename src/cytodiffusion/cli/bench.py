@@ -11,6 +11,7 @@ from cytodiffusion.cli import (
     faithful,
     fidelity,
     low_data,
+    report,
     shift,
     uncertainty,
 )
@@ -26,5 +27,6 @@ app.command("cost")(cost.cost)
 app.command("explain")(faithful.faithful)
 app.command("fidelity")(fidelity.fidelity)
 app.command("low-data")(low_data.low_data)
+app.command("report")(report.report)
 app.command("shift")(shift.shift)
 app.command("uncertainty")(uncertainty.uncertainty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -64,6 +65,7 @@ def evaluate(
     from cytodiffusion.errors import DataError
     from cytodiffusion.files import write_file
     from cytodiffusion.predictions import Request
+    from cytodiffusion.release import commit
 
     console = Console(json)
     loaded = load(model, pick_device(device), engine)
@@ -86,6 +88,13 @@ def evaluate(
         )
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
+    given = {"--budget": budget, "--splits": splits, "--split": split, "--classes": classes,
+             "--crop": crop, "--match": match, "--coverage": coverage, "--sets": sets,
+             "--prior": prior, "--taxonomy": taxonomy, "--seed": seed, "--device": device,
+             "--engine": engine}  # fmt: skip
+    words: list[object] = ["cytodiffusion", "evaluate", source, "-m", model, "-o", out]
+    words += [part for pair in given.items() if pair[1] is not None for part in pair]
+    call = shlex.join(map(str, words))
     light, crop = matching(match, crop, samples, loaded, console)
     request = Request(
         budget, crop, coverage, cast("Any", sets), shares, answers, light=light, workers=cores()
@@ -99,15 +108,13 @@ def evaluate(
             "model": loaded.name,
             "weights_sha256": request.fingerprint(loaded)["weights"],
             "seed": seed,
+            "command": call,
+            "commit": commit(),
         }
         write_file(out / "metrics.json", _text(metrics), "the metrics")
     else:
         console.note("None of the images could be read, so there is nothing to measure.")
         (out / "metrics.json").unlink(missing_ok=True)  # of images that were there before
-    more = {"--splits": splits, "--split": split, "--taxonomy": taxonomy,
-            "--match": match if match != "nothing" else None}  # fmt: skip
-    words = "".join(f" {option} {value}" for option, value in more.items() if value)
-    call = f"cytodiffusion evaluate {source} -m {model} -o {out} --budget {budget}{words}"
     title = f"{loaded.name} on {source.name}{f', split {split}' if split else ''}"
     report(loaded, samples, rows, request, out, call, title, metrics)
     finish(rows, out, console, metrics, _lines(metrics) if metrics else ())

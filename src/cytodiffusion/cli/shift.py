@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from cytodiffusion.cli.labs import Bench, Lab
     from cytodiffusion.evaluate.shift import Told
 
-MEAN = "mean of foreign sets"
-
 
 def shift(
     train: Annotated[
@@ -123,7 +121,7 @@ def _rows_of(
     method: str, told: dict[str, Told], answers: Sequence[str], seed: int
 ) -> list[dict[str, Any]]:
     """A row for each set, and one for the mean of those that are not home."""
-    from cytodiffusion.evaluate.shift import HOME, mean_row, row
+    from cytodiffusion.evaluate.shift import HOME, MEAN, mean_row, row
 
     head = {"method": method, "repeat": 0}
     rows = [{**head, "set": name, **row(one, answers, seed)} for name, one in told.items()]

@@ -40,6 +40,7 @@ from cytodiffusion.evaluate.metrics import ece
 from cytodiffusion.evaluate.report import fill
 
 HOME = "home"  # the set of the training laboratory
+MEAN = "mean of foreign sets"
 
 
 @dataclass(frozen=True)
