@@ -24,7 +24,6 @@ from cytodiffusion.cli.trainings import finished
 
 if TYPE_CHECKING:
     from cytodiffusion.cli.topup import Choice, World
-    from cytodiffusion.data.mark import Mark
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.baselines import Kind
@@ -101,37 +100,23 @@ def augment(
     """
     from cytodiffusion.bundle import load
     from cytodiffusion.cli.few import read_cells, some
-    from cytodiffusion.cli.topup import (
-        World,
-        check_apart,
-        check_drawn,
-        folders,
-        list_drawn,
-        names_of,
-        write_choices,
-    )
+    from cytodiffusion.cli.topup import World, check_drawn, folders, names_of, write_choices
     from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
-    from cytodiffusion.evaluate.augment import gains, render, summary
     from cytodiffusion.evaluate.low_data import check_counts
-    from cytodiffusion.evaluate.report import write_page
     from cytodiffusion.release import class_names
 
     console, where, names = Console(json), pick_device(device), Taxonomy.load()
     counts, kinds = read_counts(labels, least=LEAST), _kinds(baselines)
     size = load(model, engine="torch").preprocess
     every = [(n, r) for n in counts for r in range(repeats)]
-    places, apart = folders(drawn, every), "{labels}" in drawn
+    places = folders(drawn, every)
     train, test = _listed(source, splits, split, seed, names)
     classes = class_names(train, names)
     name = _class(rare, classes, names)
     check_counts([name] * sum(sample.label == name for sample in train), counts)
-    asked_for = [] if choices else list(dict.fromkeys(places.values()))
-    listed = {place: list_drawn(place, name, names) for place in asked_for}
-    marks = {choice: listed[place][1] for choice, place in places.items() if listed}
-    if apart:
-        check_apart(marks)
+    listed, drawn_by = ({}, []) if choices else _drawn(drawn, places, name, names)
     console.note(NOTICE)
 
     whole = Preprocess(size=size.size, crop=1.0)  # drawn cells fill their frame
@@ -139,7 +124,7 @@ def augment(
     check_counts([name] * int((cells.labels == classes.index(name)).sum()), counts)
     pixels = {
         place: read_cells(found, f"drawn cells in {place}", classes, whole, 1.0, names, console)
-        for place, (found, _) in listed.items()
+        for place, found in listed.items()
     }
     shown = some([sample for sample in test if sample.label in classes], limit, seed)
     asked = read_cells(shown, split, classes, size, 1.0, names, console)
@@ -157,26 +142,21 @@ def augment(
              "--drawn": drawn_cells, "--baselines": baselines, "-m": model, "--splits": splits,
              "--steps": steps, "--minutes": None if steps else minutes, "--split": split,
              "--limit": limit, "--jobs": jobs, "--seed": seed, "--device": device}  # fmt: skip
-    right = _right(source, out, name, max(needed.values()), given)
+    right = _right(source, out, every[0], max(needed.values()), given)
     if choices:
         written = {"choices": str(out / "choices"), "files": len(every), "then": right}
-        console.result(written, "\n".join([f"See {out / 'choices'}. For each file there:", *right]))
+        said = f"See {out / 'choices'}. The first two lines for each file there, then the last:"
+        console.result(written, "\n".join([said, *right]))
         raise typer.Exit(bool(console.unread))
 
     workers = jobs or (cores() if where == "cpu" else 1)
     rows = _train_all(world, every, kinds, workers, console)
-    results = {"rows": rows, "summary": summary(rows), "gains": gains(rows)}
-    drawn_by = _models(marks)
     facts = {
         "command": _command(source, drawn, out, given), "seed": seed, "rare_class": name,
-        "drawn_by": drawn_by, "gain_is_an_upper_bound": not apart, **_origin(world, model),
+        "drawn_by": drawn_by, "gain_is_an_upper_bound": "{labels}" not in drawn,
+        **_origin(world, model),
     }  # fmt: skip
-    write_results(out, results | facts)
-    title = f"Drawn cells of {name}, in training: {source.name}"
-    write_page(out / "report.html", render(title, name, results, right, facts))
-    lines = [*map(_gain, results["gains"]), f"Drawn by {'; '.join(drawn_by)}."]
-    bound = [] if apart else ["The gain is an upper bound: see the report."]
-    console.result(results | facts, "\n".join([_heading(name), *lines, *bound, f"See {out}."]))
+    _show(out, f"Drawn cells of {name}, in training: {source.name}", rows, right, facts, console)
     if console.unread:
         raise typer.Exit(1)
 
@@ -220,10 +200,21 @@ def _kinds(baselines: str) -> list[Kind]:
     return kinds
 
 
-def _models(marks: dict[Choice, set[Mark]]) -> list[str]:
-    """The models that drew, with the beginning of the sha256 of their weights."""
-    every = {mark for found in marks.values() for mark in found}
-    return sorted({f"{mark.model or 'another program'} ({mark.weights[:12]})" for mark in every})
+def _drawn(
+    drawn: str, places: dict[Choice, Path], name: str, names: Taxonomy
+) -> tuple[dict[Path, list[Sample]], list[str]]:
+    """The drawn cells of the class in each folder, and who drew: models, sha256 of their weights.
+
+    Raises DataError for cells that are not marked as drawn, or not by as many models as promised.
+    """
+    from cytodiffusion.cli.topup import check_apart, list_drawn
+
+    found = {place: list_drawn(place, name, names) for place in dict.fromkeys(places.values())}
+    if "{labels}" in drawn:
+        check_apart({choice: found[place][1] for choice, place in places.items()})
+    models = {mark for _, marks in found.values() for mark in marks}
+    said = sorted({f"{mark.model or 'another program'} ({mark.weights[:12]})" for mark in models})
+    return {place: samples for place, (samples, _) in found.items()}, said
 
 
 # --- the trainings -------------------------------------------------------------------------------
@@ -254,18 +245,36 @@ def _train_all(
 # --- what is shown -------------------------------------------------------------------------------
 
 
+def _show(
+    out: Path, title: str, rows: list[dict[str, Any]], right: list[str], facts: dict[str, Any],
+    console: Console,
+) -> None:  # fmt: skip
+    """OUT/results.json and report.html, and the gains for a terminal. Raises OutputError."""
+    from cytodiffusion.evaluate.augment import gains, render, summary
+    from cytodiffusion.evaluate.report import write_page
+
+    results = {"rows": rows, "summary": summary(rows), "gains": gains(rows)}
+    write_results(out, results | facts)
+    write_page(out / "report.html", render(title, results, right, facts))
+    lines = [_heading(facts["rare_class"]), *map(_gain, results["gains"])]
+    lines.append(f"Drawn by {'; '.join(facts['drawn_by'])}.")
+    bound = "The gain is an upper bound: see the report."
+    lines += [bound] if facts["gain_is_an_upper_bound"] else []
+    console.result(results | facts, "\n".join([*lines, f"See {out}."]))
+
+
 def _command(source: Path, drawn: str, out: Path, given: dict[str, Any]) -> str:
     words: list[object] = ["cytodiffusion", "bench", "augment", source, drawn, "-o", out]
     words += [part for pair in given.items() if pair[1] is not None for part in pair]
     return shlex.join(map(str, words))
 
 
-def _right(source: Path, out: Path, name: str, need: int, given: dict[str, Any]) -> list[str]:
-    """Commands that train and draw with the cells of a choice alone, here of the first."""
-    first = f"{given['--labels'].split(',')[0].strip()}-0"
+def _right(source: Path, out: Path, choice: Choice, need: int, given: dict[str, Any]) -> list[str]:
+    """Commands that train and draw with the cells of a choice alone, then this bench."""
+    first = "{}-{}".format(*choice)
     train = ["cytodiffusion", "train", source, "--splits", out / "choices" / f"{first}.csv",
              "-o", f"runs/{first}"]  # fmt: skip
-    draw = ["cytodiffusion", "generate", "-m", f"runs/{first}/bundle", "--classes", name,
+    draw = ["cytodiffusion", "generate", "-m", f"runs/{first}/bundle", "--classes", given["--class"],
             "--per-class", need, "-o", f"drawn/{first}"]  # fmt: skip
     then = _command(source, "drawn/{labels}-{repeat}", out, given)
     return [*(shlex.join(map(str, words)) for words in (train, draw)), then]

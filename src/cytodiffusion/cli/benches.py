@@ -1,4 +1,4 @@
-"""What several benches share: baselines, numbers of cells, names of what is kept, the writing of results."""
+"""What several benches share: baselines, numbers of cells, names of what is kept, written results."""
 
 from __future__ import annotations
 

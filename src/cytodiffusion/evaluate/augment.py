@@ -163,12 +163,11 @@ def _means(values: dict[str, list[float | None]]) -> dict[str, Any]:
     return told
 
 
-def render(
-    title: str, rare: str, results: dict[str, Any], right: Sequence[str], facts: dict[str, Any]
-) -> str:
+def render(title: str, results: dict[str, Any], right: Sequence[str], facts: dict[str, Any]) -> str:
     """The page as text. `right`: commands that train a drawing model on the chosen cells alone."""
     from cytodiffusion.evaluate import plots  # matplotlib takes a while
 
+    rare = facts["rare_class"]
     lines: dict[tuple[str, Arm], list[tuple[int, float, list[float] | None]]] = {}
     for each in results["summary"]:
         point = (each["labels"], each["recall"], each["recall_ci95"])
