@@ -118,7 +118,7 @@ def world(cells: Path, tmp_path: Path) -> World:
     settings = few.settings_of("tiny", [*CHANGES, "checkpoint_minutes=1e-9"])
     found = few.list_cells(cells, None, "test", 0, labels)
     train, test = (
-        few.read_cells(part, "cells", CLASSES, settings, margin, labels, console)
+        few.read_cells(part, "cells", CLASSES, settings.preprocess, margin, labels, console)
         for part, margin in zip(found, (1.5, 1.0), strict=True)
     )
     return World(tmp_path, settings, CLASSES, train, test, 0, 0, "cpu")

@@ -6,6 +6,7 @@ import typer
 
 from cytodiffusion.cli import (
     anomaly,
+    augment,
     authenticity,
     cost,
     faithful,
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("anomaly")(anomaly.anomaly)
+app.command("augment")(augment.augment)
 app.add_typer(authenticity.app, name="authenticity")
 app.command("cost")(cost.cost)
 app.command("explain")(faithful.faithful)

@@ -1,4 +1,4 @@
-"""What several benches share: which baselines, the name of what is kept, how results are written."""
+"""What several benches share: baselines, numbers of cells, names of what is kept, written results."""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ def find_kinds(text: str) -> list[Kind]:
             )
     library()  # now, not after hours
     return [kind for kind in KINDS if kind in names]
+
+
+def read_counts(text: str, least: int) -> list[int]:
+    """Numbers of labelled cells, rising. Raises SettingsError for one that is none, or too small."""
+    from cytodiffusion.errors import SettingsError
+
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < least:
+        raise SettingsError(
+            f"--labels takes numbers from {least} on, as in 10,20,50; not '{text}'."
+        )
+    return counts
 
 
 def digest_of(about: object) -> str:

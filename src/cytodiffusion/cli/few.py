@@ -1,28 +1,25 @@
 """The steps of `bench low-data`: which cells, which trainings, what each says of the cells of the test.
 
-A training is a job of its own, on one core, so that there are as many at a time as there are cores. What
-it says is kept in OUT/told under a digest of all that decides it; its weights are not.
+What a training says is kept in OUT/told (trainings.py).
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import Console, cores
+from cytodiffusion.cli.trainings import Told, kept, told_by_baseline
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.low_data import Method
@@ -62,15 +59,6 @@ class Job:
 
     def __str__(self) -> str:
         return f"{self.count} labels, repeat {self.repeat}, {self.method}"
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a training says of the cells of the test, and what it took."""
-
-    probabilities: np.ndarray  # (n, k)
-    seconds: float
-    steps: int
 
 
 def settings_of(preset: str, changes: Sequence[str]) -> TrainSettings:
@@ -117,7 +105,7 @@ def list_cells(
 
 
 def read_cells(
-    samples: Sequence[Sample], what: str, classes: tuple[str, ...], settings: TrainSettings,
+    samples: Sequence[Sample], what: str, classes: tuple[str, ...], preprocess: Preprocess,
     margin: float, labels: Taxonomy, console: Console,
 ) -> Pixels:  # fmt: skip
     """The images, in an order that does not depend on the listing. Those not read are named."""
@@ -125,7 +113,7 @@ def read_cells(
 
     from cytodiffusion.release import load_pixels
 
-    work = load_pixels(samples, classes, settings.preprocess, margin, cores(), labels)
+    work = load_pixels(samples, classes, preprocess, margin, cores(), labels)
     found = console.follow(work, f"reading {what}", len(samples), "images")
     for problem in found.problems:
         console.unread += 1
@@ -178,23 +166,16 @@ def place(world: World, job: Job) -> Path:
 
 def work(world: World, job: Job) -> Told:
     """Train and test, or read where that was done before."""
-    import numpy as np
-    import torch
-
     from cytodiffusion.evaluate.low_data import OURS
-    from cytodiffusion.files import whole, writing_to
 
     path = place(world, job)
-    if path.exists():
-        with np.load(path) as kept:
-            return Told(kept["probabilities"], float(kept["seconds"]), int(kept["steps"]))
-    torch.set_num_threads(1)  # the most work in a minute of the processor
     folder = world.out / "runs" / path.stem
-    told = (
-        _train_ours(world, job, folder) if job.method.kind == OURS else _train_baseline(world, job)
-    )
-    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
-        np.savez(file, **vars(told))
+
+    def train() -> Told:
+        ours = job.method.kind == OURS
+        return _train_ours(world, job, folder) if ours else _train_baseline(world, job)
+
+    told = kept(path, train)
     shutil.rmtree(folder, ignore_errors=True)
     return told
 
@@ -270,23 +251,12 @@ def _baseline(world: World, job: Job) -> Any:
 
 
 def _train_baseline(world: World, job: Job) -> Told:
-    from cytodiffusion.data.images import to_tensor
-    from cytodiffusion.evaluate.baselines import train_baseline
-
     rows, labels = given_to(world, job)
     canvases = world.train.images if job.method.rest else world.train.images[rows]
-    fitting = train_baseline(
+    return told_by_baseline(
         canvases, labels, world.classes, world.settings.preprocess, world.settings.augmentation,
-        _baseline(world, job), device=world.device,
+        _baseline(world, job), world.test, world.device,
     )  # fmt: skip
-    while True:
-        try:
-            next(fitting)
-        except StopIteration as end:
-            found = end.value
-            break
-    told = found.predict_proba(to_tensor(world.test.images))
-    return Told(told, found.trained["seconds"], found.trained["steps"])
 
 
 # --- the unlabelled cells alone ------------------------------------------------------------------
@@ -311,55 +281,3 @@ def train_first(world: World, console: Console) -> None:
     data = TrainingSet(world.train.images, nothing, world.classes)
     run = Run(first_folder(world), settings, data, world.device)
     console.follow(fit(run), "training without labels", world.first_steps, "steps")
-
-
-# --- many trainings ------------------------------------------------------------------------------
-
-
-def finished(world: World, jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Told]]:
-    """Each job when it is done, `workers` at a time, each in a process of its own.
-
-    Raises SettingsError where the system ends one of them.
-    """
-    if workers == 1:
-        for job in jobs:
-            yield job, work(world, job)
-        return
-    from multiprocessing import get_context
-
-    from cytodiffusion.errors import SettingsError
-
-    context = get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(world,))
-    try:
-        waiting = {pool.submit(_work, job): job for job in jobs}
-        for done in as_completed(waiting):
-            yield waiting[done], done.result()
-    except BrokenProcessPool as error:
-        raise SettingsError(
-            "The system ended a training, as it does where memory runs out. What is finished is kept; "
-            f"try fewer than {workers} --jobs."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worlds = list[World]()  # of this process: one, sent when it begins
-
-
-def _begin(world: World) -> None:
-    """Take the world, and leave with the process that sent it, however that ends."""
-    from multiprocessing import parent_process
-
-    def follow() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    _worlds.append(world)
-    Thread(target=follow, daemon=True).start()
-
-
-def _work(job: Job) -> Told:
-    return work(_worlds[0], job)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.benches import find_kinds, write_results
+from cytodiffusion.cli.benches import find_kinds, read_counts, write_results
 from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Out, Seed, cores, pick_device
+from cytodiffusion.cli.trainings import finished
 
 if TYPE_CHECKING:
     from cytodiffusion.cli.few import Job, World
@@ -89,7 +90,10 @@ def low_data(
     from cytodiffusion.release import class_names
 
     console, where, names = Console(json), pick_device(device), Taxonomy.load()
-    counts, kinds = _counts(labels), find_kinds(baselines)
+    counts = read_counts(
+        labels, least=2
+    )  # a baseline sets one aside to choose its learning rate by
+    kinds = find_kinds(baselines)
     settings = settings_of(preset, [*([f"steps={steps}"] if steps else []), *(change or [])])
     train, test = list_cells(source, splits, split, seed, names)
     classes = class_names(train, names)
@@ -98,9 +102,9 @@ def low_data(
     console.note(NOTICE)
 
     margin = settings.augmentation.margin
-    cells = read_cells(train, "train", classes, settings, margin, names, console)
+    cells = read_cells(train, "train", classes, settings.preprocess, margin, names, console)
     shown = some([s for s in test if s.label in classes], limit, seed)
-    asked = read_cells(shown, split, classes, settings, 1.0, names, console)
+    asked = read_cells(shown, split, classes, settings.preprocess, 1.0, names, console)
     check_counts([classes[k] for k in cells.labels if k >= 0], counts)
     world = World(out, settings, classes, cells, asked, seed, first_steps * unlabelled, where)
     if world.first_steps:
@@ -129,25 +133,14 @@ def low_data(
         raise typer.Exit(1)
 
 
-def _counts(text: str) -> list[int]:
-    """Numbers of labels. Raises SettingsError for one that is none, or below 2."""
-    from cytodiffusion.errors import SettingsError
-
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 2:  # a baseline sets one aside to choose its learning rate by
-        raise SettingsError(f"--labels takes numbers from 2 on, as in 10,20,50; not '{text}'.")
-    return counts
-
-
 def _train_all(
     world: World, counts: Sequence[int], repeats: int, methods: Sequence[Any],
     minutes: float | None, workers: int, console: Console,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for every training: first all of ours, then baselines for as long as those took."""
-    from cytodiffusion.cli.few import Job, finished
+    from functools import partial
+
+    from cytodiffusion.cli.few import Job, work
     from cytodiffusion.evaluate.low_data import OURS, row
 
     every = [Job(n, r, method) for n in counts for method in methods for r in range(repeats)]
@@ -155,7 +148,7 @@ def _train_all(
     console.start()
 
     def run(some: Sequence[Job]) -> None:
-        for job, told in finished(world, some, workers):
+        for job, told in finished(partial(work, world), some, workers):
             spent = {"seconds": told.seconds, "steps": told.steps}
             truth = world.test.labels
             one = row(job.count, job.repeat, job.method, truth, told.probabilities, spent)

@@ -113,8 +113,11 @@ def cost_curves(curves: Sequence[tuple[list[float], list[float]]]) -> str:
 
 def label_curves(
     curves: Sequence[Sequence[tuple[int, float, Sequence[float] | None]]],
+    *,
+    x: str = "labels a class",
+    y: str = "balanced accuracy",
 ) -> str:
-    """Balanced accuracy against labels a class: (labels, mean, interval) of each method.
+    """A measure against labels a class: (labels, mean, interval) of each method.
 
     Line i looks as `key(i)` says; lines are moved aside a little, so that intervals can be told apart.
     """
@@ -129,7 +132,7 @@ def label_curves(
             if bounds is not None:
                 axes.plot([place, place], bounds, color=colour, alpha=0.5)
     every = sorted({n for curve in curves for n, *_ in curve})
-    axes.set(xlabel="labels a class", ylabel="balanced accuracy", xscale="log")
+    axes.set(xlabel=x, ylabel=y, xscale="log")
     axes.set_xticks(every, [str(n) for n in every])
     return _svg(figure, "labels")
 
