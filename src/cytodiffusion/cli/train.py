@@ -72,7 +72,9 @@ def train(
         raise typer.Exit(1)
 
 
-def with_look(settings: TrainSettings, samples: Sequence[Sample], console: Console) -> TrainSettings:
+def with_look(
+    settings: TrainSettings, samples: Sequence[Sample], console: Console
+) -> TrainSettings:
     """Settings that say what these frames look like, for `predict --match`, unless they were told."""
     from cytodiffusion.data.load import look_of
     from cytodiffusion.data.look import Look
