@@ -1,10 +1,11 @@
-"""The nouns of the package: `Classes`, `Denoiser`, `ErrorTable`, `Answer`.
+"""The nouns of the package: `Classes`, `Denoiser`, `Space`, `ErrorTable`, `Answer`.
 
 A `Denoiser` guesses the clean image behind a noisy one, once for each class it might be. What it
 gets wrong is measured into an `ErrorTable` (image x trial x class). From there on everything is
 numpy: an `Answer` is read off the table, and a saved table can be replayed on a laptop.
 
-Images are floats in [-1, 1], colour first. sigma is a standard deviation in those units.
+Images are floats in [-1, 1], colour first. sigma is a standard deviation in those units, or in the units
+of the latents where a `Space` has its own.
 """
 
 from __future__ import annotations
@@ -72,6 +73,46 @@ class Denoiser(Protocol):
     ) -> Float[Tensor, "n k c h w"]:
         """labels[i] lists the k candidate classes of image i; all of them see the same noise."""
         ...
+
+
+class Space(Protocol):
+    """Where noise is added: the pixels themselves, or the latents of an autoencoder."""
+
+    scale: float  # standard deviation of its images / that of pixels, by which noise levels grow
+
+    def encode(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n c h w"]:
+        """Images in [-1, 1] to what a `Denoiser` of this space sees."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 s s"]:
+        """And back."""
+        ...
+
+    def shape(self, size: int) -> tuple[int, int, int]:
+        """Shape of what `encode` makes of an image of `size` px."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """The `Space` of networks that work on pixels."""
+
+    scale: float = 1.0
+
+    def encode(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
+        """The same images."""
+        return images
+
+    def decode(self, latents: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n 3 s s"]:
+        """The same images."""
+        return latents
+
+    def shape(self, size: int) -> tuple[int, int, int]:
+        """Three colours."""
+        return 3, size, size
+
+
+PIXELS = PixelSpace()
 
 
 @dataclass(frozen=True)

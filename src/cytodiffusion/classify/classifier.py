@@ -30,7 +30,7 @@ from cytodiffusion.classify.measure import BATCH, Measurement, Policy, Pose
 from cytodiffusion.classify.race import last_standing, zeta
 from cytodiffusion.classify.sequential import Agreement
 from cytodiffusion.errors import SettingsError
-from cytodiffusion.types import Answer, Classes, Denoiser, ErrorTable
+from cytodiffusion.types import PIXELS, Answer, Classes, Denoiser, ErrorTable, Space
 
 ALARM = 0.01  # share of normal cells that may be called anomalous
 COVERAGE = 0.95  # of the conformal sets
@@ -135,10 +135,11 @@ class Classifier:
         name: str = "",
         device: str | torch.device = "cpu",
         meter: Meter | None = None,
+        space: Space = PIXELS,
     ) -> None:
         self.denoiser, self.classes, self.budgets = denoiser, classes, budgets
         self.poses, self.together, self.name, self.device = poses, together, name, device
-        self.meter = meter or DenoiserMeter(denoiser)
+        self.meter, self.space = meter or DenoiserMeter(denoiser), space
 
     def budget(self, name: str) -> Budget:
         """Raises SettingsError, naming the budgets there are."""
@@ -149,11 +150,11 @@ class Classifier:
 
     def measurement(self, budget: str = "balanced") -> Measurement:
         """How the cells of a budget are measured."""
-        chosen = self.budget(budget)
+        chosen, latent = self.budget(budget), self.space is not PIXELS
         return Measurement(
-            chosen.draws, len(self.classes) + 1, self.poses, chosen.policy, self.together,
+            chosen.draws, len(self.classes) + 1, self.poses, chosen.policy, self.together, latent,
             anyone=self.together or not isinstance(chosen.reader, RaceReader),
-            batch=BATCH if str(self.device) == "cpu" else GPU_BATCH,
+            batch=BATCH if str(self.device) == "cpu" or latent else GPU_BATCH, space=self.space,
         )  # fmt: skip
 
     def measure(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -49,15 +50,28 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class DenoiserMeter:
-    """The errors of a `Denoiser`, computed from its guesses: what every engine is held to."""
+    """The errors of a `Denoiser`, computed from its guesses: what every engine is held to.
+
+    With a `disc`, errors outside it do not count (`disc`).
+    """
 
     denoiser: Denoiser
+    disc: Float[Tensor, "h w"] | None = None
 
     def __call__(
         self, clean: Tensor, noise: Tensor, sigma: Float[Tensor, " n"], labels: Tensor
     ) -> Float[Tensor, "n k"]:
         guesses = self.denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
-        return (guesses - clean[:, None]).square().mean((2, 3, 4))
+        squares = (guesses - clean[:, None]).square()
+        if self.disc is None:
+            return squares.mean((2, 3, 4))
+        return (squares.mean(2) * self.disc.to(squares)).sum((2, 3)) / self.disc.sum()
+
+
+def disc(side: int, radius: float) -> Float[Tensor, "side side"]:
+    """1 within `radius` of the centre of a grid, else 0; radius in the grid's pixels."""
+    place = torch.arange(side) - (side - 1) / 2
+    return (place[:, None] ** 2 + place**2 <= radius**2).float()
 
 
 def log_evidence(

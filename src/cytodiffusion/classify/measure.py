@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cytodiffusion.classify.draws import Draws
 from cytodiffusion.classify.evidence import Meter
+from cytodiffusion.types import PIXELS, Space
 
 T = TypeVar("T")
 Done = tuple[int, Float[np.ndarray, "t k"]]
@@ -41,7 +42,7 @@ class Cell:
     """One cell in the pool: what has been measured of it, and which labels are still in."""
 
     index: int
-    image: Float[Tensor, "c h w"]
+    image: Float[Tensor, "c h w"]  # in the space where noise is added
     digest: str
     errors: Float[np.ndarray, "t k"]  # NaN: not computed
     alive: Bool[np.ndarray, " k"]
@@ -74,7 +75,9 @@ class Measurement:
     still in; what has left stays NaN from then on, and a cell with fewer than two classes in is
     done. `together` says that all labels come from one pass, so that a cell is computed whole;
     otherwise every living (cell, label) pair is a pass of its own, and "any cell", which is only
-    compared with all classes, leaves with the first of them. Both give the same.
+    compared with all classes, leaves with the first of them. With `shared`, labels of one cell are asked
+    for in one call as long as all are in, so that the network can share work. All give the same. `space`
+    is where noise is added.
     """
 
     draws: Draws
@@ -82,8 +85,10 @@ class Measurement:
     poses: tuple[Pose, ...]
     policy: Policy | None = None
     together: bool = True
+    shared: bool = False
     anyone: bool = True  # whether "any cell" is measured
     batch: int = BATCH
+    space: Space = PIXELS
 
     def stream(
         self,
@@ -150,7 +155,9 @@ class Measurement:
         errors = np.full((len(self.draws), self.columns), np.nan, dtype=np.float32)
         alive = np.ones(self.columns, dtype=bool)
         alive[-1] = self.anyone
-        return Cell(index, image, digest, errors, alive)
+        with torch.inference_mode():
+            encoded = self.space.encode(image[None])[0]
+        return Cell(index, encoded, digest, errors, alive)
 
     @torch.inference_mode()
     def _run_trial(self, meter: Meter, pool: list[Cell]) -> None:
@@ -160,11 +167,9 @@ class Measurement:
         clean = torch.cat([self._posed(t, cells) for t, cells in groups])
         noise = torch.cat([self._noise(t, cells) for t, cells in groups]).to(clean)
         sigma = torch.tensor([self.draws.trials[cell.trials].sigma for cell in pool]).to(clean)
-        rows, labels = self._rows(np.stack([cell.alive for cell in pool]))
-        for start in range(0, len(rows), self.batch):
-            some, asked = rows[start : start + self.batch], labels[start : start + self.batch]
-            filled = torch.from_numpy(np.resize(some, self.batch)).to(clean.device)
-            wanted = torch.from_numpy(np.resize(asked, (self.batch, asked.shape[1])))
+        for some, asked, size in self._calls(np.stack([cell.alive for cell in pool])):
+            filled = torch.from_numpy(np.resize(some, size)).to(clean.device)
+            wanted = torch.from_numpy(np.resize(asked, (size, asked.shape[1])))
             found = meter(clean[filled], noise[filled], sigma[filled], wanted.to(clean.device))
             for row, label, error in zip(some, asked, found.float().cpu().numpy(), strict=False):
                 pool[row].errors[pool[row].trials, label] = error
@@ -179,14 +184,21 @@ class Measurement:
         shape = tuple(cells[0].image.shape)
         return self.draws.noise(trial, [cell.digest for cell in cells], shape)
 
-    def _rows(
+    def _calls(
         self, alive: Bool[np.ndarray, "n k"]
-    ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, "p j"]]:
-        """The passes of a round: the cell each is for, and the labels that it computes."""
+    ) -> Iterator[tuple[Int[np.ndarray, " p"], Int[np.ndarray, "p j"], int]]:
+        """The calls of the meter in a round: cells, the labels of each, and the size to fill up to."""
         if self.together:
-            return np.arange(len(alive)), np.tile(np.arange(self.columns), (len(alive), 1))
-        row, label = np.nonzero(alive)
-        return row, label[:, None]
+            every = np.arange(self.columns)
+            yield from _batches(np.arange(len(alive)), np.tile(every, (len(alive), 1)), self.batch)
+            return
+        whole = alive[:, :-1].all(1) & self.shared
+        if whole.any():
+            rows = np.flatnonzero(whole)
+            labels = np.nonzero(alive[rows])[1].reshape(len(rows), -1)
+            yield from _batches(rows, labels, max(1, self.batch // labels.shape[1]))
+        row, label = np.nonzero(alive & ~whole[:, None])
+        yield from _batches(row, label[:, None], self.batch)
 
     def _decide(self, pool: list[Cell]) -> None:
         """Ask the policy about the cells that have run as many trials as each other."""
@@ -208,3 +220,10 @@ class Measurement:
         for i, found in self.stream(meter, zip(images, digests, strict=True), lambda cell: cell):
             errors[i] = found
         return errors
+
+
+def _batches(
+    rows: Int[np.ndarray, " p"], labels: Int[np.ndarray, "p j"], size: int
+) -> Iterator[tuple[Int[np.ndarray, " q"], Int[np.ndarray, "q j"], int]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size], labels[start : start + size], size

@@ -75,9 +75,17 @@ class VPDenoiser(nn.Module):
     ) -> Float[Tensor, "n k c h w"]:
         scaled = noisy / spread((1 + sigma**2).sqrt(), 4)
         said = self.network(scaled, time_of_sigma(sigma, self.levels), labels)
-        s, alpha = spread(sigma, 5), spread((1 + sigma**2).rsqrt(), 5)
-        if self.prediction == "x0":
-            return said
-        if self.prediction == "eps":
-            return noisy[:, None] - s * said
-        return alpha * (scaled[:, None] - s * said)
+        return clean_guess(said, noisy[:, None], spread(sigma, 5), self.prediction)
+
+
+def clean_guess(said: Tensor, noisy: Tensor, sigma: Tensor, prediction: Prediction) -> Tensor:
+    """The clean image behind a noisy one, from what a variance-preserving network says of it.
+
+    The shapes need only broadcast.
+    """
+    if prediction == "x0":
+        return said
+    if prediction == "eps":
+        return noisy - sigma * said
+    alpha = (1 + sigma**2).rsqrt()
+    return alpha * (alpha * noisy - sigma * said)
