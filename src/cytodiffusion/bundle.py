@@ -1,7 +1,7 @@
 """A self-contained model: a folder with everything that is needed to give the same answer elsewhere.
 
     config.json         which network, its shape, classes, name, version, where it came from
-    model.safetensors   its weights, float16
+    model.safetensors   its weights, float16; those of its autoencoder too, where it has one
     preprocess.json     crop and size
     labels.yaml         taxonomy of the classes
     calibration.json    trials, the weights of every depth, when to stop, what held-out cells were told
@@ -37,11 +37,12 @@ from cytodiffusion.classify.evidence import DenoiserMeter, Meter
 from cytodiffusion.data.images import Preprocess, decode, to_tensor
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
-from cytodiffusion.diffusion.precondition import EDMDenoiser
+from cytodiffusion.diffusion.precondition import EDMDenoiser, NetworkDenoiser
 from cytodiffusion.engines.engine import best_engine, make_engine
 from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
-from cytodiffusion.types import Classes
+from cytodiffusion.networks.latent import LatentNetwork, LatentShape, LatentSpace
+from cytodiffusion.types import PIXELS, Classes, Space
 
 FORMAT = 4
 FILES = (
@@ -51,6 +52,7 @@ FILES = (
 ZOO = Path(__file__).parent / "zoo"
 DEMO = ZOO.parent / "demo"
 DEFAULT_MODEL = "pbc8"
+VAE = "vae."  # before the names of an autoencoder's weights
 VECTOR_SIGMAS = (0.1, 0.5, 2.0)
 TOLERANCE = 2e-3  # relative difference allowed between two machines' errors
 
@@ -62,7 +64,7 @@ class Model:
     name: str
     folder: Path
     classifier: Classifier
-    denoiser: EDMDenoiser
+    denoiser: NetworkDenoiser
     preprocess: Preprocess
     taxonomy: Taxonomy
     config: dict[str, Any]
@@ -74,12 +76,17 @@ class Model:
         return self.classifier.classes
 
     @property
+    def space(self) -> Space:
+        """Where noise is added: pixels, or latents."""
+        return self.classifier.space
+
+    @property
     def weights_sha256(self) -> str:
         """sha256 of model.safetensors, as released."""
         return str(json.loads((self.folder / "checksums.json").read_text())["model.safetensors"])
 
     def prepare(self, data: bytes, crop: float | None = None) -> tuple[Float[Tensor, "c h w"], str]:
-        """An image file's bytes -> the network's input and the file's sha256.
+        """An image file's bytes -> the image at the model's size, and the file's sha256.
 
         `crop` overrides the bundle's centre crop (1.0 takes the whole image). Raises UnreadableImage.
         """
@@ -109,7 +116,7 @@ class Parts:
     """What a bundle is made of."""
 
     name: str
-    denoiser: EDMDenoiser
+    denoiser: NetworkDenoiser
     classes: Classes
     preprocess: Preprocess
     budgets: dict[str, Budget]
@@ -118,6 +125,8 @@ class Parts:
     license: str
     data_license: str
     origin: dict[str, Any]  # recipe, commit, seed, data: what the card states, for machines
+    space: Space = PIXELS  # where noise is added
+    radius: float | None = None  # of the disc within which errors count, pixels of the space
 
 
 def save_bundle(folder: Path, parts: Parts) -> None:
@@ -138,20 +147,22 @@ def save_bundle(folder: Path, parts: Parts) -> None:
 
 
 def _write(folder: Path, parts: Parts) -> None:
-    half = {
-        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-        for name, value in parts.denoiser.network.state_dict().items()
-    }
-    save_file(half, folder / "model.safetensors")
+    network, space = parts.denoiser.network, parts.space
+    weights, shape = _half(network.state_dict()), dict[str, Any]()
+    if isinstance(network, CompactNetwork):
+        shape = {"network": "compact", "settings": network.settings.model_dump(mode="json")}
+    elif isinstance(network, LatentNetwork) and isinstance(space, LatentSpace):
+        settings = LatentShape.of(network, space, parts.radius)
+        shape = {"network": "latent", "settings": settings.model_dump(mode="json")}
+        weights |= _half({f"{VAE}{name}": v for name, v in space.vae.state_dict().items()})
+    if isinstance(parts.denoiser, EDMDenoiser):
+        shape["sigma_data"] = parts.denoiser.sigma_data
+    save_file(weights, folder / "model.safetensors")
     (folder / "model.safetensors").chmod(0o644)  # it is written for its owner alone
-    network = parts.denoiser.network
-    assert isinstance(network, CompactNetwork)
     config = {
         "format": FORMAT,
         "name": parts.name,
-        "network": "compact",
-        "settings": network.settings.model_dump(mode="json"),
-        "sigma_data": parts.denoiser.sigma_data,
+        **shape,
         "classes": list(parts.classes),
         "origin": parts.origin,
     }
@@ -163,9 +174,16 @@ def _write(folder: Path, parts: Parts) -> None:
     (folder / "card.md").write_text(parts.card)
     (folder / "LICENSE").write_text(parts.license)
     (folder / "data_license.txt").write_text(parts.data_license)
-    denoiser = _denoiser(config, half)
-    _write_vectors(folder / "test_vectors.npz", denoiser, parts.preprocess.size, parts.classes)
+    read = _network(config, weights)
+    _write_vectors(folder / "test_vectors.npz", read, parts.preprocess.size, parts.classes)
     _write_checksums(folder)
+
+
+def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in weights.items()
+    }
 
 
 def replace_texts(folder: Path, texts: dict[str, str]) -> None:
@@ -198,10 +216,10 @@ def _sha256(path: Path) -> str:
 
 
 def _vector_errors(
-    meter: Meter, device: torch.device | str, pixels: np.ndarray, columns: int
+    meter: Meter, space: Space, device: torch.device | str, pixels: np.ndarray, columns: int
 ) -> Float[np.ndarray, "n t k"]:
     """Errors of a few images at a few noise levels, with fixed noise."""
-    images = to_tensor(pixels).to(device)
+    images = space.encode(to_tensor(pixels).to(device))
     noise = standard_normal(tuple(images.shape), 0, "test vectors", 0).to(device)
     labels = torch.arange(columns, device=device).expand(len(images), -1)
     with torch.inference_mode():
@@ -212,7 +230,7 @@ def _vector_errors(
     return torch.stack(found, dim=1).cpu().numpy()
 
 
-def _write_vectors(path: Path, denoiser: EDMDenoiser, size: int, classes: Classes) -> None:
+def _write_vectors(path: Path, network: Network, size: int, classes: Classes) -> None:
     """Discs of several colours on a pale ground: shapes of no one's cells."""
     y, x = np.mgrid[:size, :size] / size - 0.5
     discs = [np.hypot(x, y) < radius for radius in (0.2, 0.3, 0.4)]
@@ -221,7 +239,7 @@ def _write_vectors(path: Path, denoiser: EDMDenoiser, size: int, classes: Classe
         [np.where(d, c[:, None, None], 220) for d, c in zip(discs, colours, strict=True)]
     )
     pixels = pixels.astype(np.uint8)
-    errors = _vector_errors(DenoiserMeter(denoiser), "cpu", pixels, len(classes) + 1)
+    errors = _vector_errors(network.meter, network.space, "cpu", pixels, len(classes) + 1)
     np.savez(path, pixels=pixels, errors=errors)
 
 
@@ -269,16 +287,53 @@ def check_files(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of the network by name, and the classes. Raises ChangedBundle."""
+    """Weights of a compact network by name, and the classes. Raises ChangedBundle, ModelError."""
     check_files(folder)
-    classes = json.loads((folder / "config.json").read_text())["classes"]
-    return load_file(folder / "model.safetensors"), classes
+    config = json.loads((folder / "config.json").read_text())
+    if config["network"] != "compact":
+        raise ModelError(
+            f"{folder} has its class vectors folded and cannot be trained on. Begin with the run that it "
+            "was made by, or with latent.start."
+        )
+    return load_file(folder / "model.safetensors"), config["classes"]
 
 
-def _denoiser(config: dict[str, Any], weights: dict[str, Tensor]) -> EDMDenoiser:
-    network = CompactNetwork(CompactSettings.model_validate(config["settings"]))
-    network.load_state_dict({name: value.float() for name, value in weights.items()})
-    return EDMDenoiser(network, config["sigma_data"]).eval().requires_grad_(False)
+@dataclass(frozen=True)
+class Network:
+    """What a bundle's weights make: a denoiser, where its noise is added, and its errors by torch."""
+
+    denoiser: NetworkDenoiser
+    space: Space
+    meter: DenoiserMeter
+    together: bool
+
+    def to(self, device: torch.device | str) -> Network:
+        """On a device; large networks in half precision where that is a GPU."""
+        self.denoiser.to(device)
+        if isinstance(self.space, LatentSpace):
+            self.space.to(device)
+            if torch.device(device).type != "cpu":
+                self.denoiser.network.half()
+                self.space.to(torch.float16)
+        return self
+
+
+def _network(config: dict[str, Any], weights: dict[str, Tensor]) -> Network:
+    plain = {name: value.float() for name, value in weights.items()}
+    denoiser: NetworkDenoiser
+    if config["network"] == "compact":
+        settings = CompactSettings.model_validate(config["settings"])
+        compact = CompactNetwork(settings)
+        compact.load_state_dict(plain)
+        denoiser = EDMDenoiser(compact, config["sigma_data"]).eval().requires_grad_(False)
+        return Network(denoiser, PIXELS, DenoiserMeter(denoiser), settings.form == "heads")
+    shape = LatentShape.model_validate(config["settings"])
+    latent, space = shape.build()
+    vae = {name: plain.pop(name) for name in [*plain] if name.startswith(VAE)}
+    space.vae.load_state_dict({name.removeprefix(VAE): value for name, value in vae.items()})
+    latent.load_state_dict(plain)
+    denoiser = latent.denoiser().eval().requires_grad_(False)
+    return Network(denoiser, space, DenoiserMeter(denoiser, shape.disc), together=False)
 
 
 def load(
@@ -293,35 +348,50 @@ def load(
     folder = find_bundle(model)
     check_files(folder)
     config = json.loads((folder / "config.json").read_text())
-    if config.get("format") != FORMAT or config.get("network") != "compact":
+    if config.get("format") != FORMAT or config.get("network") not in ("compact", "latent"):
         raise ModelError(
-            f"{folder} has format {config.get('format')} and network '{config.get('network')}'; "
-            f"this version reads format {FORMAT} with 'compact'. Install a newer cytodiffusion."
+            f"{folder} has format {config.get('format')} and network '{config.get('network')}'; this "
+            f"version reads format {FORMAT} with 'compact' or 'latent'. Install a newer cytodiffusion."
         )
-    denoiser = _denoiser(config, load_file(folder / "model.safetensors")).to(device)
+    network = _network(config, load_file(folder / "model.safetensors")).to(device)
     calibration = json.loads((folder / "calibration.json").read_text())
     if engine == "auto":
-        on_cpu = torch.device(device).type == "cpu"
-        engine = os.environ.get("CYTODIFFUSION_ENGINE") or (best_engine() if on_cpu else "torch")
+        small = config["network"] == "compact" and torch.device(device).type == "cpu"
+        engine = os.environ.get("CYTODIFFUSION_ENGINE") or (best_engine() if small else "torch")
     classifier = Classifier(
-        denoiser,
+        network.denoiser,
         Classes(tuple(config["classes"])),
         calibration_from_json(calibration),
         POSES,
-        together=config["settings"]["form"] == "heads",
+        together=network.together,
         name=config["name"],
         device=device,
-        meter=make_engine(engine, denoiser, images=_cells(config)),
+        meter=network.meter
+        if engine == "torch"
+        else make_engine(engine, network.denoiser, images=_cells(config)),
+        space=network.space,
     )
     preprocess = Preprocess.model_validate_json((folder / "preprocess.json").read_text())
     taxonomy = Taxonomy.load(folder / "labels.yaml")
-    return Model(config["name"], folder, classifier, denoiser, preprocess, taxonomy, config, engine)
+    return Model(
+        config["name"], folder, classifier, network.denoiser, preprocess, taxonomy, config, engine
+    )
+
+
+def compact_network(model: Model) -> tuple[CompactNetwork, float]:
+    """The network whose trunk gives features, and its sigma_data. Raises ModelError for another."""
+    network = model.denoiser.network
+    if not isinstance(network, CompactNetwork) or not isinstance(model.denoiser, EDMDenoiser):
+        raise ModelError(
+            f"'{model.name}' has no compact network, whose trunk gives features. Use a model that has one."
+        )
+    return network, model.denoiser.sigma_data
 
 
 def _cells(config: dict[str, Any]) -> Float[Tensor, "n c h w"] | None:
     """The demo cells, where this model is one of their size: they set the ranges of 8-bit engines."""
     paths = sorted(DEMO.glob("*.png"))
-    size = config["settings"]["size"]
+    size = config["settings"].get("size")
     shown = [np.array(decode(path.read_bytes())).transpose(2, 0, 1) for path in paths]
     return to_tensor(np.stack(shown)) if shown and shown[0].shape[1] == size else None
 
@@ -334,8 +404,8 @@ def verify(model: str | Path, device: str | torch.device = "cpu") -> float:
     loaded = load(model, device, engine="torch")
     with np.load(loaded.folder / "test_vectors.npz", allow_pickle=False) as vectors:
         pixels, wanted = vectors["pixels"], vectors["errors"]
-    meter = DenoiserMeter(loaded.denoiser)
-    found = _vector_errors(meter, device, pixels, len(loaded.classes) + 1)
+    meter, columns = loaded.classifier.meter, len(loaded.classes) + 1
+    found = _vector_errors(meter, loaded.space, device, pixels, columns)
     worst = float(np.abs(found / wanted - 1).max())
     if not worst <= TOLERANCE:  # also where it is no number
         raise ModelError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.errors import DataError
 from cytodiffusion.train.loop import Validate
-from cytodiffusion.types import Classes, Denoiser
+from cytodiffusion.train.settings import TrainSettings
+from cytodiffusion.types import PIXELS, Classes, Denoiser, Space
 
 FEW = 320  # held-out cells that score a class-conditional network while it trains
 
@@ -114,17 +115,20 @@ def class_names(samples: Sequence[Sample], taxonomy: Taxonomy | None = None) -> 
     return names
 
 
-def validator(pixels: Pixels, classes: int, together: bool) -> Validate:
+def validator(
+    pixels: Pixels, classes: int, together: bool, space: Space = PIXELS, radius: float | None = None
+) -> Validate:
     """Scores a denoiser on held-out cells: out-of-fold NLL and accuracies, four frozen trials.
 
-    On `FEW` of them where every class costs a pass.
+    On `FEW` of them where every class costs a pass. `radius`: of the disc within which errors count.
     """
     pixels = pixels if together else pixels.part(race_part(pixels.labels, FEW))
-    images, draws = to_tensor(pixels.images), stratified(4, 0.05, 4.0, frozen=True)
+    draws = stratified(4, 0.05 * space.scale, 4.0 * space.scale, frozen=True)
+    images = to_tensor(pixels.images)
 
     def validate(denoiser: Denoiser) -> dict[str, float]:
-        measurement = Measurement(draws, classes + 1, POSES, together=together)
-        errors = measurement.measure(DenoiserMeter(denoiser), images, pixels.digests)
+        measurement = Measurement(draws, classes + 1, POSES, together=together, space=space)
+        errors = measurement.measure(DenoiserMeter(denoiser, radius), images, pixels.digests)
         return scores(out_of_fold(errors[:, :, :-1], pixels.labels), pixels.labels)
 
     return validate
@@ -141,6 +145,16 @@ def scores(
         "accuracy": float(right.mean()),
         "balanced_accuracy": float(balanced),
     }
+
+
+def plan_of(settings: TrainSettings, space: Space) -> Plan:
+    """How a trained network is calibrated: fewer candidate trials where each class costs a pass."""
+    plan = Plan(seed=settings.seed, low=Plan.low * space.scale, high=Plan.high * space.scale)
+    if settings.together:
+        return plan
+    if settings.latent is None:
+        return replace(plan, levels=12)
+    return replace(plan, levels=8, race_cells=80)
 
 
 @dataclass(frozen=True)
@@ -170,11 +184,12 @@ def measured(
 
 
 def calibrate(
-    meter: Meter, pixels: Pixels, classes: int, together: bool, plan: Plan, workers: int = 1
-) -> Generator[int, None, Calibrated]:
+    meter: Meter, pixels: Pixels, classes: int, together: bool, plan: Plan, workers: int = 1,
+    space: Space = PIXELS,
+) -> Generator[int, None, Calibrated]:  # fmt: skip
     """Yield how many held-out cells are measured; returns the fitted budgets."""
     truth, columns = pixels.labels, classes + 1
-    every = Measurement(candidates(plan), columns, POSES, together=together)
+    every = Measurement(candidates(plan), columns, POSES, together=together, space=space)
     errors = yield from measured(every, meter, pixels, np.arange(len(truth)), workers)
     budgets = fit_budgets(errors, truth, plan, apart=not together)
 
@@ -186,7 +201,9 @@ def calibrate(
     done = len(truth)
     for name, race in races.items():
         draws = race.draws.first(plan.race_trials)
-        short = Measurement(draws, columns, POSES, race, together, anyone=together)
+        short = Measurement(
+            draws, columns, POSES, race, together, anyone=together, space=space
+        )  # fmt: skip
         errors = yield from measured(short, meter, pixels, rows, workers, before=done)
         budgets[name] = fit_race(errors, truth[rows], race)
         done += len(rows)
@@ -202,7 +219,7 @@ Names single blood cells: {classes}.
 
 | | |
 |---|---|
-| network | compact U-Net, {form}, {parameters:.1f} M parameters |
+| network | {form}, {parameters:.1f} M parameters |
 | input | centre {crop:.0%} of the shorter side, at {size} px |
 | data | {data} ({train_images:,} training images) |
 | made by | {recipe}, commit {commit}, seed {seed}, {steps:,} steps{begun} |

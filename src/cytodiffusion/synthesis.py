@@ -35,9 +35,11 @@ from cytodiffusion.data.mark import Mark, marked_png, read_mark
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.gain import Gain
 from cytodiffusion.diffusion.noise import karras_sigmas
+from cytodiffusion.diffusion.precondition import VPDenoiser
 from cytodiffusion.diffusion.sample import Guess, Sampler, guided, sample
 from cytodiffusion.errors import OutputError, SettingsError
 from cytodiffusion.files import write_file, writing_to
+from cytodiffusion.types import PIXELS
 
 BATCH = 8  # cells drawn at a time, always
 CONDITIONAL = 1.5  # guidance of class-conditional networks; docs/log.md has the measurement
@@ -72,8 +74,14 @@ def usual(model: Model) -> Drawing:
     """How a model's cells are drawn unless something else is asked for.
 
     The heads of one network were trained to differ and need no guidance; a class-conditional network,
-    trained to draw alone, does.
+    trained to draw alone, does. On latents there is no grain to look away, and noise ends where the
+    schedule of the training does.
     """
+    if isinstance(model.denoiser, VPDenoiser):
+        low, high = float(model.denoiser.levels[0]), float(model.denoiser.levels[-1])
+        return Drawing(
+            "dpm++", churn=0, guidance=CONDITIONAL, sigma_min=low, sigma_max=high, looks=0
+        )
     return Drawing() if model.classifier.together else Drawing(guidance=CONDITIONAL)
 
 
@@ -108,14 +116,16 @@ def save_gain(bundle: Path, gain: Gain) -> None:
 
 def draw(model: Model, cells: Sequence[Cell], drawing: Drawing) -> Float[Tensor, "n 3 size size"]:
     """Drawn cells, in [-1, 1] where they are in range."""
-    size, device = model.preprocess.size, model.classifier.device
+    space, device = model.space, model.classifier.device
+    shape = space.shape(model.preprocess.size)
 
     def noise(step: int) -> Tensor:
-        each = [standard_normal((3, size, size), c.seed, c.label, step) for c in cells]
+        each = [standard_normal(shape, c.seed, c.label, step) for c in cells]
         return torch.stack(each).to(device)
 
     labels = torch.tensor([model.classes.index(cell.label) for cell in cells], device=device)
-    guess = turning(guided(model.denoiser, labels, model.classes.any, drawing.guidance))
+    guess = guided(model.denoiser, labels, model.classes.any, drawing.guidance)
+    guess = turning(guess) if space is PIXELS else guess
     gain = read_gain(model)
     guess = gain(guess) if gain else guess
     sigmas = karras_sigmas(drawing.steps, drawing.sigma_min, drawing.sigma_max).to(device)
@@ -129,7 +139,8 @@ def draw(model: Model, cells: Sequence[Cell], drawing: Drawing) -> Float[Tensor,
         with torch.inference_mode():
             seen = [guess(drawn + drawing.look_sigma * each, level) for each in fresh]
         drawn = torch.stack(seen).mean(0)
-    return drawn.cpu()
+    with torch.inference_mode():
+        return space.decode(drawn).cpu()
 
 
 def turning(guess: Guess) -> Guess:

@@ -78,7 +78,10 @@ class Denoiser(Protocol):
 class Space(Protocol):
     """Where noise is added: the pixels themselves, or the latents of an autoencoder."""
 
-    scale: float  # standard deviation of its images / that of pixels, by which noise levels grow
+    @property
+    def scale(self) -> float:
+        """Standard deviation of its images / that of pixels: noise levels grow with it."""
+        ...
 
     def encode(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n c h w"]:
         """Images in [-1, 1] to what a `Denoiser` of this space sees."""
@@ -112,7 +115,7 @@ class PixelSpace:
         return 3, size, size
 
 
-PIXELS = PixelSpace()
+PIXELS: Space = PixelSpace()
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Classifier:
         """How the cells of a budget are measured."""
         chosen, latent = self.budget(budget), self.space is not PIXELS
         return Measurement(
-            chosen.draws, len(self.classes) + 1, self.poses, chosen.policy, self.together, latent,
+            chosen.draws, len(self.classes) + 1, self.poses, chosen.policy, self.together,
             anyone=self.together or not isinstance(chosen.reader, RaceReader),
             batch=BATCH if str(self.device) == "cpu" or latent else GPU_BATCH, space=self.space,
         )  # fmt: skip

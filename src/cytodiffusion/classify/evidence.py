@@ -52,20 +52,21 @@ class Meter(Protocol):
 class DenoiserMeter:
     """The errors of a `Denoiser`, computed from its guesses: what every engine is held to.
 
-    With a `disc`, errors outside it do not count (`disc`).
+    With a `radius`, in the pixels of the space, only errors within that disc count.
     """
 
     denoiser: Denoiser
-    disc: Float[Tensor, "h w"] | None = None
+    radius: float | None = None
 
     def __call__(
         self, clean: Tensor, noise: Tensor, sigma: Float[Tensor, " n"], labels: Tensor
     ) -> Float[Tensor, "n k"]:
         guesses = self.denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
         squares = (guesses - clean[:, None]).square()
-        if self.disc is None:
+        if self.radius is None:
             return squares.mean((2, 3, 4))
-        return (squares.mean(2) * self.disc.to(squares)).sum((2, 3)) / self.disc.sum()
+        counts = disc(clean.shape[-1], self.radius).to(squares)
+        return (squares.mean(2) * counts).sum((2, 3)) / counts.sum()
 
 
 def disc(side: int, radius: float) -> Float[Tensor, "side side"]:

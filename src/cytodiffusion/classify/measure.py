@@ -75,9 +75,9 @@ class Measurement:
     still in; what has left stays NaN from then on, and a cell with fewer than two classes in is
     done. `together` says that all labels come from one pass, so that a cell is computed whole;
     otherwise every living (cell, label) pair is a pass of its own, and "any cell", which is only
-    compared with all classes, leaves with the first of them. With `shared`, labels of one cell are asked
-    for in one call as long as all are in, so that the network can share work. All give the same. `space`
-    is where noise is added.
+    compared with all classes, leaves with the first of them. Both give the same. `space` is where noise
+    is added; a network on latents is asked for all labels of a cell in one call as long as all are in,
+    so that it can share work between them.
     """
 
     draws: Draws
@@ -85,7 +85,6 @@ class Measurement:
     poses: tuple[Pose, ...]
     policy: Policy | None = None
     together: bool = True
-    shared: bool = False
     anyone: bool = True  # whether "any cell" is measured
     batch: int = BATCH
     space: Space = PIXELS
@@ -192,7 +191,7 @@ class Measurement:
             every = np.arange(self.columns)
             yield from _batches(np.arange(len(alive)), np.tile(every, (len(alive), 1)), self.batch)
             return
-        whole = alive[:, :-1].all(1) & self.shared
+        whole = np.logical_and(alive[:, :-1].all(1), self.space is not PIXELS)
         if whole.any():
             rows = np.flatnonzero(whole)
             labels = np.nonzero(alive[rows])[1].reshape(len(rows), -1)

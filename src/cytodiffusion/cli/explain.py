@@ -152,7 +152,8 @@ class Work:
         told = self.named(item, [image.cpu().numpy()])[0]
         own, others = self.others(told)
         found = explain(
-            self.model.denoiser, self.model.classes, image, item.sha256, own, others, self.settings
+            self.model.denoiser, self.model.classes, image, item.sha256, own, others, self.settings,
+            self.model.space,
         ) if others else []  # fmt: skip
         return [(each, self.row(item, each, told)) for each in found]
 
@@ -204,7 +205,8 @@ class Work:
 
         model, seed = self.model, self.settings.seed
         image = torch.from_numpy(each.image).to(model.classifier.device)
-        reference = neutral(model.denoiser, model.classes, image, item.sha256, seed).cpu().numpy()
+        blank = neutral(model.denoiser, model.classes, image, item.sha256, seed, model.space)
+        reference = blank.cpu().numpy()
         rng = np.random.default_rng([seed, int(item.sha256[:8], 16)])
         rankings = {
             "support": each.map.support,

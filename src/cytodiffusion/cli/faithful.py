@@ -215,11 +215,14 @@ class Work:
 
         judge, clean = Judge(self.model.classifier), image.cpu().numpy()
         order = np.argsort(-judge.probabilities([clean])[0], kind="stable").tolist()
-        maps = dict(zip(order[1:], measure(self.model.denoiser, image, digest, order, self.settings),
-                        strict=True))  # fmt: skip
+        space = self.model.space
+        found = measure(self.model.denoiser, image, digest, order, self.settings, space)
+        maps = dict(zip(order[1:], found, strict=True))
         own, other = order[:2]
         settings = self.settings.model_copy(update={"seed": self.settings.seed + 1})
-        (again,) = measure(self.model.denoiser, image, digest, [own, other], settings)
+        (again,) = measure(
+            self.model.denoiser, image, digest, [own, other], settings, self.model.space
+        )
         first = maps[other]
         return {
             "own": self.model.classes.names[own],
@@ -245,7 +248,11 @@ class Work:
         rankings = {"support": found.support, "change": found.strength, **rivals(clean, rng)}
         if self.baseline:
             rankings["Grad-CAM"] = grad_cam(self.baseline, clean, own, other)
-        anyone = neutral(self.model.denoiser, self.model.classes, image, digest, seed).cpu().numpy()
+        anyone = (
+            neutral(self.model.denoiser, self.model.classes, image, digest, seed, self.model.space)
+            .cpu()
+            .numpy()
+        )
         references = {"any cell": anyone, "blurred": blurred(clean)}
         return {
             name: {
@@ -266,7 +273,11 @@ class Work:
         from cytodiffusion.explain.counterfactual import redraw
 
         settings = self.settings.model_copy(update={"starts": (START,)})
-        drawn = redraw(self.model.denoiser, image, digest, [own, other], settings)[0].cpu().numpy()
+        drawn = (
+            redraw(self.model.denoiser, image, digest, [own, other], settings, self.model.space)[0]
+            .cpu()
+            .numpy()
+        )
         clean, difference = image.cpu().numpy(), drawn[1] - drawn[0]
         shown = {
             "drawn": drawn[1],

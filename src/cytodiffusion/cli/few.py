@@ -67,7 +67,7 @@ def settings_of(preset: str, changes: Sequence[str]) -> TrainSettings:
     from cytodiffusion.train.settings import make_settings
 
     settings = make_settings(preset, [*(SHORT if preset == "cpu" else ()), *changes])
-    if settings.network.form != "heads":
+    if not settings.together:
         raise SettingsError("This bench trains a network with a head for each class: form=heads.")
     return settings
 

@@ -201,8 +201,9 @@ def _extractor(features: str, model: Model) -> Extractor:
 
     if features != "trunk":
         return pretrained_features(Path(features), str(model.classifier.device))
-    denoiser: Any = model.denoiser
-    return trunk_features(denoiser.network, denoiser.sigma_data, model.classes.any)
+    from cytodiffusion.bundle import compact_network
+
+    return trunk_features(*compact_network(model), model.classes.any)
 
 
 # --- measuring -----------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def generate(
     """
     from cytodiffusion.bundle import load
     from cytodiffusion.synthesis import Cell, Folder, draw_all, read_gain
+    from cytodiffusion.types import PIXELS
 
     console = Console(json)
     loaded = load(model, pick_device(device), engine="torch")
@@ -61,7 +62,7 @@ def generate(
     given = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
     drawing = _drawing(given, loaded)
     console.note(NOTICE)
-    if read_gain(loaded) is None:
+    if loaded.space is PIXELS and read_gain(loaded) is None:
         console.note(
             f"{loaded.name} has no drawing.json, so its cells may be grainy (recipes/drawing.py)."
         )

@@ -70,7 +70,9 @@ def verify(
     worst = verify_bundle(model, device)
     loaded = load(model, device, engine)
     name, images = loaded.engine, _vector_images(loaded.folder)
-    found = difference(loaded.classifier.meter, loaded.denoiser, images)
+    found = 0.0
+    if name != "torch":
+        found = difference(loaded.classifier.meter, loaded.denoiser, images)
     check_difference(name, found)
     text = (
         f"{model}: every file is as released; test vectors agree to {worst:.1e} of their value.\n"

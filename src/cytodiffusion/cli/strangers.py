@@ -320,11 +320,10 @@ def trunk_features(model: Model, device: str) -> Features:
     """What the trunk makes of an image under one frozen noise, averaged over the grid."""
     import torch
 
+    from cytodiffusion.bundle import compact_network
     from cytodiffusion.classify.draws import standard_normal
-    from cytodiffusion.networks.compact import CompactNetwork
 
-    network, data = model.denoiser.network, model.denoiser.sigma_data
-    assert isinstance(network, CompactNetwork)
+    network, data = compact_network(model)
 
     @torch.inference_mode()
     def features(images: Tensor) -> Tensor:

@@ -182,7 +182,10 @@ def run_training(
     for problem in [*fitted.problems, *held.problems] * main:  # helpers leave it to this one
         console.unread += 1
         console.note(f"Not read: {problem}")
-    validate = validator(held, len(classes), settings.network.form == "heads") if main else None
+    if settings.latent is not None and settings.latent.cache:
+        encode_views(run, console)
+    space, radius = run.learner.space, run.learner.radius
+    validate = validator(held, len(classes), settings.together, space, radius) if main else None
     before, began_at = run.step, run.step
     if before:
         console.note(f"Going on from step {before:,}.")
@@ -203,6 +206,18 @@ def run_training(
                 plot_progress(run)
                 draw_samples(run)
     return (run if main else None), held
+
+
+def encode_views(run: Run, console: Console) -> None:
+    """Encode the views that training on latents takes, or go on doing so."""
+    from cytodiffusion.files import writing_to
+    from cytodiffusion.train.latent import LatentLearner, keep_latents
+
+    learner, images = run.learner, run.data.canvases
+    assert isinstance(learner, LatentLearner)
+    with writing_to(run.folder), run.accelerator.main_process_first():
+        work = keep_latents(learner, images, run.folder, run.settings.seed)
+        console.follow(work, "encoding", len(images), "images")
 
 
 def first_weights(start: str, classes: Sequence[str]) -> dict[str, Tensor]:
@@ -236,17 +251,21 @@ def write_bundle(
 
     from cytodiffusion.bundle import Parts, save_bundle
     from cytodiffusion.classify.evidence import DenoiserMeter
-    from cytodiffusion.classify.fit import Plan, race_part
-    from cytodiffusion.release import calibrate, commit, make_card
-    from cytodiffusion.types import Classes
+    from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.release import calibrate, commit, make_card, plan_of
+    from cytodiffusion.types import PIXELS, Classes
 
-    classes, settings = Classes(run.data.classes), run.settings
-    denoiser = run.denoiser("best" if run.best else "ema").cpu()
-    together = settings.network.form == "heads"
-    plan = Plan(seed=settings.seed, levels=24 if together else 12)  # a pass for every class, or one
+    classes, settings, learner = Classes(run.data.classes), run.settings, run.learner
+    denoiser = run.denoiser("best" if run.best else "ema")
+    if learner.space is PIXELS:
+        denoiser.cpu()  # small, and quicker there on many threads
+    plan = plan_of(settings, learner.space)
     torch.set_num_threads(1)  # one for each worker
     calibrated = console.follow(
-        calibrate(DenoiserMeter(denoiser), held, len(classes), together, plan, workers=cores()),
+        calibrate(
+            DenoiserMeter(denoiser, learner.radius), held, len(classes), settings.together, plan,
+            cores(), learner.space,
+        ),
         "calibrating", len(held.labels) + 2 * len(race_part(held.labels, plan.race_cells)), "cells",
     )  # fmt: skip
     origin = {
@@ -256,14 +275,15 @@ def write_bundle(
     }
     parameters = sum(weight.numel() for weight in denoiser.parameters())
     card = make_card(
-        name, classes, settings.preprocess, settings.network.form, parameters, calibrated, origin
+        name, classes, settings.preprocess, learner.form, parameters, calibrated, origin
     )
     notes = {"license": UNSAID.format("these weights"), "data_license": UNSAID.format("the images")}
     save_bundle(
         folder,
         Parts(
             name=name, denoiser=denoiser, classes=classes, preprocess=settings.preprocess,
-            budgets=calibrated.budgets, taxonomy=taxonomy, card=card, origin=origin, **notes,
+            budgets=calibrated.budgets, taxonomy=taxonomy, card=card, origin=origin,
+            space=learner.space, radius=learner.radius, **notes,
         ),
     )  # fmt: skip
     return {"bundle": str(folder), "validation": calibrated.scores}

@@ -78,6 +78,9 @@ class VPDenoiser(nn.Module):
         return clean_guess(said, noisy[:, None], spread(sigma, 5), self.prediction)
 
 
+NetworkDenoiser = EDMDenoiser | VPDenoiser
+
+
 def clean_guess(said: Tensor, noisy: Tensor, sigma: Tensor, prediction: Prediction) -> Tensor:
     """The clean image behind a noisy one, from what a variance-preserving network says of it.
 

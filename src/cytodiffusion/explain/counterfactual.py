@@ -9,6 +9,9 @@ averaged over noise levels and antithetic pairs of noise. Each pair sees the cel
 and a shift by whole pixels, and what is read in it is put back into the cell's own frame, exactly. The
 scatter of the pairs gives every pixel a standard error, and what is no clearer than noise is not shown.
 
+A network on latents is shown latents; views are taken of the image and guesses are decoded, so that maps
+are in pixels all the same. Noise levels grow with the standard deviation of the latents.
+
 The cell is also drawn anew as B: noise is added, and taken away by B's guesses alone, down
 
     x' = D_B + (s'/s) (x - D_B)                for noise levels s > s' > ... > 0
@@ -37,7 +40,7 @@ from torch import Tensor
 
 from cytodiffusion.classify.draws import Draws, Trial, standard_normal
 from cytodiffusion.data.transforms import POSES, Pose
-from cytodiffusion.types import Classes, Denoiser
+from cytodiffusion.types import PIXELS, Classes, Denoiser, Space
 
 BATCH = 16  # rows a pass
 DRAWING = 1000  # the draw that cells are redrawn from
@@ -65,6 +68,7 @@ class View:
         return self.pose.undo(image).roll((-self.down, -self.right), (-2, -1))
 
 
+STILL = View(POSES[0], 0, 0)
 VIEWS = tuple(View(POSES[i % 8], i % 4 - 2, i // 4 - 2) for i in range(16))
 
 
@@ -155,15 +159,17 @@ class Explanation:
 
 def explain(
     denoiser: Denoiser, classes: Classes, image: Float[Tensor, "c h w"], digest: str, own: str,
-    others: Sequence[str], settings: Settings,
+    others: Sequence[str], settings: Settings, space: Space = PIXELS,
 ) -> list[Explanation]:  # fmt: skip
     """What a cell named `own` would be as each of `others`; `digest` decides its noise.
+
+    `image` is in [-1, 1], whatever the space; levels are in its units / its scale.
 
     Raises LabelError for a class that the model does not know.
     """
     labels = [classes.index(name) for name in (own, *others)]
-    maps = measure(denoiser, image, digest, labels, settings)
-    drawn = redraw(denoiser, image, digest, labels, settings).cpu().numpy()
+    maps = measure(denoiser, image, digest, labels, settings, space)
+    drawn = redraw(denoiser, image, digest, labels, settings, space).cpu().numpy()
     clean, starts = image.cpu().numpy(), np.array(settings.starts, dtype=np.float32)
     return [
         Explanation(own, other, clean, found, starts, drawn[:, 0], drawn[:, place])
@@ -173,10 +179,10 @@ def explain(
 
 def measure(
     denoiser: Denoiser, image: Float[Tensor, "c h w"], digest: str, labels: Sequence[int],
-    settings: Settings,
+    settings: Settings, space: Space = PIXELS,
 ) -> list[Map]:  # fmt: skip
     """A map for each label after the first, which is the cell's own class."""
-    guessed = guesses(denoiser, image, digest, labels, settings.draws).double()
+    guessed = guesses(denoiser, image, digest, labels, settings.draws, space).double()
     errors = (guessed - image).cpu().numpy()
     return [_map(errors[:, 0], errors[:, place], settings) for place in range(1, len(labels))]
 
@@ -204,26 +210,35 @@ def _map(
 @torch.inference_mode()
 def guesses(
     denoiser: Denoiser, image: Float[Tensor, "c h w"], digest: str, labels: Sequence[int],
-    draws: Draws,
+    draws: Draws, space: Space = PIXELS,
 ) -> Float[Tensor, "t k c h w"]:  # fmt: skip
-    """The guess of each class in each trial, in the frame of the image."""
+    """The guess of each class in each trial, decoded, in the frame of the image."""
     views = [VIEWS[trial.pose] for trial in draws.trials]
-    noise = [draws.noise(i, [digest], tuple(image.shape))[0] for i in range(len(draws))]
-    sigma = torch.from_numpy(draws.sigmas).to(image)
-    noisy = torch.stack([view(image) for view in views])
+    shape = space.shape(image.shape[-1])
+    noise = [draws.noise(i, [digest], shape)[0] for i in range(len(draws))]
+    sigma = torch.from_numpy(draws.sigmas).to(image) * space.scale
+    shown = torch.stack([view(image) for view in views]).split(BATCH)
+    noisy = torch.cat([space.encode(part) for part in shown])
     noisy = noisy + sigma[:, None, None, None] * torch.stack(noise).to(image)
     asked = torch.tensor(labels, device=image.device).expand(len(draws), -1)
     parts = zip(noisy.split(BATCH), sigma.split(BATCH), asked.split(BATCH), strict=True)
-    found = torch.cat([denoiser(*part) for part in parts])
+    guessed = [denoiser(*part).flatten(0, 1) for part in parts]
+    found = torch.cat([space.decode(part) for part in guessed]).unflatten(0, (-1, len(labels)))
     return torch.stack([view.undo(guess) for view, guess in zip(views, found, strict=True)])
 
 
 def neutral(
-    denoiser: Denoiser, classes: Classes, image: Float[Tensor, "c h w"], digest: str, seed: int
+    denoiser: Denoiser,
+    classes: Classes,
+    image: Float[Tensor, "c h w"],
+    digest: str,
+    seed: int,
+    space: Space = PIXELS,
 ) -> Float[Tensor, "c h w"]:
     """What "any cell" has in place of this one, guessed through so much noise that little is left."""
     settings = Settings(levels=(VEIL,), pairs=4, seed=seed)
-    return guesses(denoiser, image, digest, [classes.any], settings.draws).mean((0, 1))
+    found = guesses(denoiser, image, digest, [classes.any], settings.draws, space)
+    return found.mean((0, 1))
 
 
 def mean_and_error(
@@ -248,24 +263,27 @@ def beyond_noise(
 @torch.inference_mode()
 def redraw(
     denoiser: Denoiser, image: Float[Tensor, "c h w"], digest: str, labels: Sequence[int],
-    settings: Settings,
+    settings: Settings, space: Space = PIXELS,
 ) -> Float[Tensor, "s k c h w"]:  # fmt: skip
     """The cell drawn anew as each class from each starting level, all from the same noise.
 
-    Every pass sees what is drawn in another view, so that the network's grid of patches averages out.
+    On pixels every pass sees what is drawn in another view, so that the network's grid of patches averages
+    out.
     """
     starts, classes = len(settings.starts), len(labels)
-    noise = standard_normal(tuple(image.shape), settings.seed, digest, DRAWING).to(image)
+    clean = space.encode(image[None])[0]
+    noise = standard_normal(tuple(clean.shape), settings.seed, digest, DRAWING).to(clean)
     levels = np.geomspace(settings.starts, LAST, settings.steps).repeat(classes, axis=1)
-    sigmas = torch.from_numpy(np.vstack([levels, 0 * levels[:1]])).to(image)
-    asked = torch.tensor(labels, device=image.device).repeat(starts)[:, None]
-    drawn = image + sigmas[0].view(-1, 1, 1, 1) * noise
+    sigmas = torch.from_numpy(np.vstack([levels, 0 * levels[:1]])).to(clean) * space.scale
+    asked = torch.tensor(labels, device=clean.device).repeat(starts)[:, None]
+    views = VIEWS if space is PIXELS else (STILL,)
+    drawn = clean + sigmas[0].view(-1, 1, 1, 1) * noise
     for step, (here, there) in enumerate(pairwise(sigmas)):
-        clean = _seen(denoiser, drawn, here, asked, VIEWS[5 * step % len(VIEWS)])
-        drawn = clean + (there / here).view(-1, 1, 1, 1) * (drawn - clean)
-    grain = torch.full_like(sigmas[0], GRAIN)
-    last = [_seen(denoiser, drawn, grain, asked, view) for view in VIEWS[::5]]
-    return torch.stack(last).mean(0).view(starts, classes, *image.shape)
+        guess = _seen(denoiser, drawn, here, asked, views[5 * step % len(views)])
+        drawn = guess + (there / here).view(-1, 1, 1, 1) * (drawn - guess)
+    grain = torch.full_like(sigmas[0], GRAIN * space.scale)
+    last = [_seen(denoiser, drawn, grain, asked, view) for view in views[::5]]
+    return space.decode(torch.stack(last).mean(0)).view(starts, classes, *image.shape)
 
 
 def _seen(

@@ -23,9 +23,12 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from cytodiffusion.diffusion.precondition import VPDenoiser
 from cytodiffusion.errors import ModelError, SettingsError
+from cytodiffusion.networks.pretrained import Schedule, library
 
 UNIT = 2.0  # latents have standard deviation 1, pixels one half
 
@@ -114,12 +117,15 @@ def check_unet(unet: Any, classes: int) -> None:
 class LatentNetwork(nn.Module):
     """F(scaled latents, time step, labels) -> what the U-Net predicts for each label."""
 
-    def __init__(self, unet: nn.Module, classes: int) -> None:
+    def __init__(self, unet: nn.Module, classes: int, schedule: Schedule) -> None:
         """`unet` is `folded`, or `emptied` for weights to come."""
         super().__init__()
-        self.unet, self.classes = unet, classes
+        self.unet: Any = unet
+        self.classes, self.schedule = classes, schedule
 
-    unet: Any
+    def denoiser(self) -> VPDenoiser:
+        """The network as a `Denoiser`."""
+        return VPDenoiser(self, self.schedule.levels, self.schedule.prediction)
 
     def forward(
         self,
@@ -192,19 +198,56 @@ def _parted(transformer: Any, x: Tensor, label: Tensor, k: int) -> Tensor:
     return hidden + x.repeat_interleave(k, 0)
 
 
+class LatentShape(BaseModel):
+    """All that is needed to build a network and its space again for weights to come."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    classes: int = Field(ge=1, description="number of classes, without 'any cell'")
+    unet: dict[str, Any] = Field(description="configuration of diffusers' UNet2DConditionModel")
+    vae: dict[str, Any] = Field(description="and of its AutoencoderKL")
+    schedule: Schedule = Field(description="of the training")
+    disc: float | None = Field(None, description="errors count within this radius, latent pixels")
+
+    @classmethod
+    def of(cls, network: LatentNetwork, space: LatentSpace, disc: float | None) -> LatentShape:
+        """The shape of a fine-tuned network."""
+        return cls(
+            classes=network.classes, unet=_plain(network.unet.config), vae=_plain(space.vae.config),
+            schedule=network.schedule, disc=disc,
+        )  # fmt: skip
+
+    def build(self) -> tuple[LatentNetwork, LatentSpace]:
+        """With random weights. Raises MissingExtra."""
+        diffusers = library()
+        unet = emptied(diffusers.UNet2DConditionModel.from_config(self.unet), self.classes)
+        space = LatentSpace(diffusers.AutoencoderKL.from_config(self.vae))
+        return LatentNetwork(unet, self.classes, self.schedule), space
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """What diffusers was told of a part, without what it noted for itself."""
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
+
+
 # --- the space -----------------------------------------------------------------------------------
 
 
-class LatentSpace(nn.Module):
-    """The latents of an autoencoder of diffusers, scaled to a standard deviation of about 1."""
+class LatentSpace:
+    """The latents of an autoencoder of diffusers, scaled to a standard deviation of about 1.
 
-    scale = UNIT
+    No module: it is never trained, and not part of what is.
+    """
+
+    scale: float = UNIT
 
     def __init__(self, vae: nn.Module) -> None:
-        super().__init__()
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae: Any = vae.eval().requires_grad_(False)
 
-    vae: Any
+    def to(self, where: torch.device | torch.dtype | str) -> LatentSpace:
+        """Move the autoencoder to a device or a precision."""
+        self.vae.to(where)
+        return self
 
     @property
     def factor(self) -> int:
@@ -259,4 +302,3 @@ def pose_error(
     plain = space.encode(images)
     gaps = [pose.undo(space.encode(pose(images))) - plain for pose in poses]
     return torch.stack([gap.square().mean().sqrt() for gap in gaps]) / plain.std()
-

@@ -89,7 +89,7 @@ def read_pretrained(where: str | Path, variant: str | None = None) -> Pretrained
     if unet.config.in_channels != vae.config.latent_channels:
         raise ModelError(
             f"The U-Net of {where} takes {unet.config.in_channels} channels and its VAE gives "
-            f"{vae.config.latent_channels}: it is made for another task (inpainting?). Give a model {TAKEN}."
+            f"{vae.config.latent_channels}: it is made for another task. Give a model {TAKEN}."
         )
     return Pretrained(unet, vae, schedule)
 
@@ -138,7 +138,7 @@ def _check_parts(folder: Path) -> None:
         return
     if _is_text_model(folder):
         raise ModelError(f"{folder} is a model of text alone. Give a whole model {TAKEN}.")
-    raise ModelError(f"{folder} has no {' and no '.join(missing)}. Give a whole model {TAKEN}.")
+    raise ModelError(f"{folder} has no {', no '.join(missing)}. Give a whole model {TAKEN}.")
 
 
 def _is_text_model(folder: Path) -> bool:
@@ -200,7 +200,9 @@ def _check_weights(folder: Path, variant: str | None) -> None:
             f"{folder} has pickled weights only ({', '.join(there)}), which can run code when they are "
             "read. Convert them to safetensors first (diffusers' save_pretrained does)."
         )
-    others = sorted({path.split(".")[1] for path in there if path.count(".") == 2} - {"safetensors"})
+    others = sorted(
+        {path.split(".")[1] for path in there if path.count(".") == 2} - {"safetensors"}
+    )
     hint = f"Try the variant {' or '.join(others)}." if others else "Download the weights too."
     raise ModelError(f"{folder} has no {name}.safetensors. {hint}")
 

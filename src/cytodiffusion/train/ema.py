@@ -10,19 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cytodiffusion.train.learner import learned
+
 
 class EMA:
-    """The mean of a module's parameters and buffers, in float32."""
+    """The mean of a module's parameters and buffers, without those that are frozen."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.mean = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        self.mean = {name: value.detach().clone() for name, value in learned(module).items()}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Move the mean towards the weights after optimiser step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in module.state_dict().items():
+        for name, value in learned(module).items():
             if value.is_floating_point():
                 self.mean[name].lerp_(value.to(self.mean[name]), 1 - decay)
             else:

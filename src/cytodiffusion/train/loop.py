@@ -22,14 +22,10 @@ from accelerate import Accelerator
 from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
-from cytodiffusion.data.images import to_tensor
-from cytodiffusion.data.transforms import augment
-from cytodiffusion.diffusion.loss import UNLABELLED, Losses, Sharpness, class_losses, edm_weight
-from cytodiffusion.diffusion.noise import training_sigmas
-from cytodiffusion.diffusion.precondition import EDMDenoiser, spread
+from cytodiffusion.diffusion.loss import Losses
+from cytodiffusion.diffusion.precondition import NetworkDenoiser
 from cytodiffusion.errors import SettingsError
 from cytodiffusion.files import whole
-from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -38,6 +34,7 @@ from cytodiffusion.train.checkpoint import (
     save_checkpoint,
 )
 from cytodiffusion.train.ema import EMA
+from cytodiffusion.train.learner import Batch, learned, make_learner
 from cytodiffusion.train.settings import TrainSettings, dump_settings, load_settings
 from cytodiffusion.types import Denoiser
 
@@ -65,41 +62,6 @@ class Progress:
     validation: dict[str, float] | None = None
 
 
-class Learner(nn.Module):
-    """A denoiser and its loss, in one module so that every process computes its share."""
-
-    def __init__(self, settings: TrainSettings, classes: int) -> None:
-        super().__init__()
-        shape = CompactSettings(
-            classes=classes, size=settings.preprocess.size, **settings.network.model_dump()
-        )
-        self.settings, self.classes = settings, classes
-        self.denoiser = EDMDenoiser(CompactNetwork(shape), settings.sigma_data)
-        self.sharpness = Sharpness(start=settings.sharpness) if shape.form == "heads" else None
-
-    def forward(self, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor) -> Losses:
-        noisy = clean + spread(sigma, 4) * noise
-        weight = edm_weight(sigma, self.settings.sigma_data)
-        if self.sharpness is None:
-            return self._conditional(noisy, clean, sigma, labels, weight)
-        every = torch.arange(self.classes + 1, device=clean.device).expand(len(clean), -1)
-        s = self.settings
-        return class_losses(
-            self.denoiser(noisy, sigma, every), clean, labels, weight, self.sharpness(sigma),
-            s.any_weight, s.classification,
-        )  # fmt: skip
-
-    def _conditional(
-        self, noisy: Tensor, clean: Tensor, sigma: Tensor, labels: Tensor, weight: Tensor
-    ) -> Losses:
-        """One class a pass: the label that was given, or "any cell" where there is none."""
-        asked = torch.where(labels == UNLABELLED, self.classes, labels)
-        guess = self.denoiser(noisy, sigma, asked[:, None])[:, 0]
-        own = ((guess - clean).square().mean((1, 2, 3)) * weight).mean()
-        zero = torch.zeros_like(own)
-        return Losses(own, own, zero, zero)
-
-
 class Run:
     """Weights, optimiser, running mean and step of one training run, and its folder."""
 
@@ -111,16 +73,11 @@ class Run:
         self.folder, self.settings, self.data = folder, settings, data
         self.accelerator = _accelerator(settings, device)
         torch.manual_seed(settings.seed)
-        self.learner = Learner(settings, len(data.classes))
+        self.learner = make_learner(settings, len(data.classes))
         self.begun = take_fitting(self.learner, start) if start else 0  # weights that were taken
-        self.learner.to(self.accelerator.device)
+        self.learner.place(self.accelerator.device)
         self.ema = EMA(self.learner, settings.ema)
-        self.optimizer = torch.optim.AdamW(
-            self.learner.parameters(),
-            betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self.optimizer = self.learner.optimizer(settings)
         self.step = 0
         self.best: dict[str, Tensor] = {}
         self.best_score = float("inf")
@@ -145,7 +102,7 @@ class Run:
             part.write_text(dump_settings(self.settings))
 
     def _names(self) -> list[str]:
-        return [name for name, _ in self.learner.named_parameters()]
+        return [name for name, weight in self.learner.named_parameters() if weight.requires_grad]
 
     def _resume(self) -> None:
         path = latest_checkpoint(self.folder / "checkpoint")
@@ -157,7 +114,7 @@ class Run:
                 f"{self.folder} was begun with the classes {', '.join(state['classes'])}. Give images "
                 "of the same classes to go on, or another folder to start anew."
             )
-        self.learner.load_state_dict(tensors["model"])
+        self.learner.load_state_dict(tensors["model"], strict=False)  # what is frozen is not saved
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, self._names(), tensors["optimizer"])
         self.best, self.best_score = tensors.get("best", {}), state["best_score"]
@@ -168,7 +125,7 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         tensors = {
-            "model": self.learner.state_dict(),
+            "model": learned(self.learner),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self._names()),
         }
@@ -177,12 +134,10 @@ class Run:
         state = {"best_score": self.best_score, "classes": self.data.classes}
         save_checkpoint(self.folder / "checkpoint", self.step, tensors, state)
 
-    def denoiser(self, which: str = "ema") -> EDMDenoiser:
-        """A copy for use: 'raw' weights, their running mean 'ema', or the 'best' on validation."""
-        weights = {"raw": self.learner.state_dict(), "ema": self.ema.mean, "best": self.best}[which]
-        copy = Learner(self.settings, len(self.data.classes))
-        copy.load_state_dict({name: value.cpu() for name, value in weights.items()})
-        return copy.denoiser.eval().requires_grad_(False).to(self.accelerator.device)
+    def denoiser(self, which: str = "ema") -> NetworkDenoiser:
+        """A `Denoiser` for use: 'raw' weights, their running mean 'ema', or the 'best' on validation."""
+        weights = {"raw": learned(self.learner), "ema": self.ema.mean, "best": self.best}[which]
+        return self.learner.usable(weights)
 
     def consider(self, scores: dict[str, float]) -> None:
         """Keep the running mean as the best so far if its validation NLL is the lowest."""
@@ -237,9 +192,7 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
           validate_every: int = 1000) -> Iterator[Progress]:  # fmt: skip
     """Train until the settings' steps are done, reporting now and then."""
-    settings, device = run.settings, run.accelerator.device
-    canvases = torch.from_numpy(run.data.canvases).to(device)
-    labels = torch.from_numpy(run.data.labels).to(device)
+    settings = run.settings
     began = saved = time.monotonic()
     sums: dict[str, float] = {}
     count = 0  # steps of this process since the last report
@@ -247,7 +200,7 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
     while run.step < settings.steps:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, settings)
-        for name, value in _optimise(run, canvases, labels).items():
+        for name, value in _optimise(run).items():
             sums[name] = sums.get(name, 0.0) + value
         run.ema.update(run.learner, run.step)
         run.step += 1
@@ -270,12 +223,12 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
             saved = time.monotonic()
 
 
-def _optimise(run: Run, canvases: Tensor, labels: Tensor) -> dict[str, float]:
+def _optimise(run: Run) -> dict[str, float]:
     """One optimiser step; returns this process's mean losses."""
     settings, accelerator = run.settings, run.accelerator
     torch.manual_seed(mix(settings.seed, run.step, accelerator.process_index))  # dropout
     parts = [part[accelerator.process_index :: accelerator.num_processes].chunk(settings.accumulate)
-             for part in _draw(run, canvases, labels)]  # fmt: skip
+             for part in _draw(run)]  # fmt: skip
     sums = dict.fromkeys(Losses._fields, 0.0)
     for index, part in enumerate(zip(*parts, strict=True)):
         final = index == len(parts[0]) - 1
@@ -295,21 +248,14 @@ def _syncing(run: Run, final: bool):  # type: ignore[no-untyped-def]
     return torch.enable_grad() if final else run.accelerator.no_sync(run.model)
 
 
-def _draw(run: Run, canvases: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The whole batch of this step: clean images, noise, sigma, labels."""
-    settings = run.settings
-    generator = torch.Generator(canvases.device).manual_seed(mix(settings.seed, run.step))
-    chosen = torch.from_numpy(batch_indices(run.data, settings, run.step)).to(canvases.device)
-    clean = augment(
-        to_tensor(canvases[chosen]), settings.preprocess.size, settings.augmentation, generator
+def _draw(run: Run) -> tuple[Tensor, ...]:
+    """The whole batch of this step, as the learner takes it."""
+    device, rows = run.accelerator.device, batch_indices(run.data, run.settings, run.step)
+    generator = torch.Generator(device).manual_seed(mix(run.settings.seed, run.step))
+    canvases, labels = (
+        torch.from_numpy(each[rows]).to(device) for each in (run.data.canvases, run.data.labels)
     )
-    noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-    sigma = training_sigmas(len(clean), settings.sigma_mean, settings.sigma_std, generator)
-    given = labels[chosen]
-    if settings.network.form == "conditional":
-        luck = torch.rand(len(given), generator=generator, device=given.device)
-        given = torch.where(luck < settings.label_dropout, UNLABELLED, given)
-    return clean, noise, sigma, given
+    return run.learner.draw(Batch(rows, canvases, labels), generator)
 
 
 def batch_indices(data: TrainingSet, settings: TrainSettings, step: int) -> Int[np.ndarray, " b"]:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 
 from cytodiffusion.data.images import to_pixels
 from cytodiffusion.diffusion.noise import karras_sigmas
-from cytodiffusion.diffusion.precondition import EDMDenoiser
 from cytodiffusion.diffusion.sample import guided, sample
 from cytodiffusion.files import whole
 from cytodiffusion.train.loop import Progress, Run
@@ -70,13 +70,15 @@ def draw_samples(run: Run) -> None:
         Image.fromarray(np.concatenate(rows)).save(part, "PNG")
 
 
-def draw_row(denoiser: EDMDenoiser, run: Run) -> np.ndarray:
+def draw_row(denoiser: nn.Module, run: Run) -> np.ndarray:
     """One cell of every class, side by side, (size, classes * size, 3)."""
-    size, count = run.settings.preprocess.size, len(run.data.classes)
+    size, count, space = run.settings.preprocess.size, len(run.data.classes), run.learner.space
     generator = torch.Generator().manual_seed(run.settings.seed)
-    noise = torch.randn((count, 3, size, size), generator=generator)
+    noise = torch.randn((count, *space.shape(size)), generator=generator)
     labels = torch.arange(count)
     device = next(denoiser.parameters()).device
     guess = guided(denoiser, labels.to(device), count)
-    *_, drawn = sample(guess, noise.to(device), karras_sigmas(SAMPLER_STEPS).to(device))
+    levels = karras_sigmas(SAMPLER_STEPS, *run.learner.sigmas).to(device)
+    *_, drawn = sample(guess, noise.to(device), levels)
+    drawn = space.decode(drawn)
     return np.concatenate(list(to_pixels(drawn.cpu()).transpose(0, 2, 3, 1)), axis=1)
