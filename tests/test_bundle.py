@@ -29,7 +29,7 @@ from cytodiffusion.bundle import (
 )
 from cytodiffusion.classify.as_json import calibration_from_json, calibration_to_json
 from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
-from cytodiffusion.types import ErrorTable
+from cytodiffusion.types import PIXELS, ErrorTable
 
 EVERY = (*FILES, "checksums.json")
 
@@ -153,7 +153,8 @@ def test_the_bundle_answers_as_the_run_does(tiny: Tiny, model: Model) -> None:
     full = EDMDenoiser(network, model.denoiser.sigma_data).eval()
     pixels = np.stack([disc(name, 900, 16) for name in CLASSES]).transpose(0, 3, 1, 2)
     found, half = (
-        bundles._vector_errors(DenoiserMeter(d), "cpu", pixels, 4) for d in (full, model.denoiser)
+        bundles._vector_errors(DenoiserMeter(d), PIXELS, "cpu", pixels, 4)
+        for d in (full, model.denoiser)
     )
     assert to_tensor(pixels).shape[1:] == (3, 16, 16)
     np.testing.assert_allclose(found, half, rtol=TOLERANCE)

@@ -20,11 +20,11 @@ from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.cli.train import first_weights
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES
+from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.errors import ModelError, OutputError, SettingsError
 from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cytodiffusion.train.ema import EMA
 from cytodiffusion.train.loop import (
-    UNLABELLED,
     Progress,
     Run,
     TrainingSet,

@@ -75,6 +75,7 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
 class Space(Protocol):
     """Where noise is added: the pixels themselves, or the latents of an autoencoder."""
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -283,6 +283,7 @@ class LatentSpace:
         return self.vae.encoder.conv_in.weight
 
 
+@runtime_checkable
 class Move(Protocol):
     """A change of an image that can be undone."""
 
