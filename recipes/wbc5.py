@@ -4,11 +4,12 @@
     python recipes/wbc5.py DATA -o runs/wbc5 --gpu        one GPU, under 30 minutes
 
 DATA holds pbc/ (with splits.csv), raabin/ and bccd/. It begins with the weights of `pbc8`, which was
-trained on the same split of PBC, and goes on as the second run of recipes/pbc8.py does. All frames are brought to one light (white balance)
-and one scale (the nuclei of each set), and small sets come up several times; what is left of a set after
-a fifth was held out is trained on. Nothing here is tested on cells of these three laboratories that
-it has seen: measure it elsewhere, and with `bench shift --leave-one-out` to see what the sets are worth.
-In Raabin class and slide nearly coincide, and labels of BCCD are noisy. Killed and run again, it goes on.
+trained on the same split of PBC, and goes on as the second run of recipes/pbc8.py does. All frames are
+brought to one light (white balance) and one scale (the nuclei of each set), and small sets come up several
+times; what is left of a set after a fifth was held out is trained on. Nothing here is tested on cells of
+these three laboratories that it has seen: measure it elsewhere, and with `bench shift --leave-one-out` to
+see what the sets are worth. In Raabin class and slide nearly coincide, and labels of BCCD are noisy.
+Killed and run again, it goes on.
 """
 
 from __future__ import annotations
