@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cytodiffusion.networks.latent import LatentNetwork, folded, label_vectors, tokens
 from cytodiffusion.networks.pretrained import Schedule
+from cytodiffusion.train.settings import PRESETS, make_settings
 
 CLASSES = 8
 SIZES = (224, 256, 360, 512)  # px of the image
@@ -45,7 +46,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=360, help="px of the image that is timed")
     parser.add_argument("--batch", type=int, default=8, help="training images a step (GPU)")
     args = parser.parse_args()
-    print(json.dumps(operations(), indent=1))
+    counted = operations()
+    print(json.dumps(counted | {"presets": presets(counted)}, indent=1))
     device = torch.device(args.device)
     print(json.dumps(timed(device, args.size), indent=1))
     if device.type == "cuda":
@@ -62,6 +64,24 @@ def operations() -> dict[str, Any]:
         image = torch.zeros(1, 3, size, size, device="meta")
         each = {name: _gflop(way, *inputs(size, "meta")) for name, way in ways.items()}
         found[f"{size} px"] = each | {"encoding": _gflop(vae.encode, image)}
+    return found
+
+
+def presets(counted: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """EFLOP of each training preset: three times the forward pass, and encoding at every step.
+
+    And GB of weights, gradients, two moments and running mean in float32, without activations.
+    """
+    found = {}
+    for name in (name for name in PRESETS if name.startswith("paper-")):
+        settings = make_settings(name)
+        each = counted[f"{settings.preprocess.size} px"]
+        images = settings.steps * settings.batch
+        unet = 3 * images * each["one token"] / CLASSES / 1e9
+        encoding = images * each["encoding"] / 1e9
+        states = 5 * 4 * counted["parameters"] / 1e9
+        found[name] = {"images": images, "U-Net, EFLOP": round(unet, 2),
+                       "encoding, EFLOP": round(encoding, 2), "states, GB": round(states, 1)}  # fmt: skip
     return found
 
 
