@@ -95,7 +95,10 @@ def prepare(
     values = {"cells": len(cells), "classes": {k: n for k, n in counts.items() if n}, "size": size,
               "page": str(out / PAGE), "key": str(out / KEY), "seed": seed}  # fmt: skip
     told = f"{len(cells)} cells, half of them drawn, {size} x {size} px."
-    told += f"\nReaders get {out / PAGE} and nothing else; {out / KEY} has the truth, {DRAWN} who drew: keep both."
+    told += (
+        f"\nReaders get {out / PAGE} and nothing else. Keep {out / KEY}, which has the truth, and "
+    )
+    told += f"{DRAWN}, which says who drew."
     console.result(values, told)
     if console.unread:
         raise typer.Exit(1)
