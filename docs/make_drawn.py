@@ -306,6 +306,13 @@ def read_cells(
     return found
 
 
+def _command(args: argparse.Namespace) -> str:
+    """How it is made again; where the folders lay is nobody's business."""
+    words = f"python docs/make_drawn.py DRAWN DATA/{args.data.name} -m {Path(args.model).name}"
+    words += f" --splits {args.splits.name}" if args.splits else ""
+    return words + (f" --split {args.split}" if args.split else "") + f" --shown {args.shown}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -344,6 +351,7 @@ def main() -> None:
         "both": f"{model.preprocess.size} x {model.preprocess.size} px, the model's crop "
         f"({model.preprocess.crop:g} of a real frame, all of a drawn one)",
         "commit": commit(),
+        "made by": f"`{_command(args)}`, DRAWN as `cytodiffusion generate` wrote it",
     }
     line = f"Synthetic: drawn by {model.name} ({model.weights_sha256[:12]}), first seeds. No real cell."
     shown = {name: drawn.images[drawn.labels == k][: args.shown] for k, name in enumerate(names)}
