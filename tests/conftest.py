@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from pathlib import Path
 
@@ -40,3 +41,21 @@ def data_root() -> Path:
             f"no real cells at {root}; set CYTODIFFUSION_DATA to the folder that holds pbc/"
         )
     return root
+
+
+@pytest.fixture(scope="session")
+def split_file(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real cells of `val`: 6 of each class to train on, 2 to test on."""
+    path = data_root / "pbc" / "splits.csv"
+    if not path.is_file():
+        pytest.skip(f"no {path}")
+    with path.open(newline="") as file:
+        listed = [each for each in csv.DictReader(file) if each["split"] == "val"]
+    lines = ["path,label,split"]
+    for name in sorted({each["label"] for each in listed}):
+        chosen = [each["path"] for each in listed if each["label"] == name][:8]
+        parts = ["train"] * 6 + ["test"] * 2
+        lines += [f"{each},{name},{part}" for each, part in zip(chosen, parts, strict=True)]
+    small = tmp_path_factory.mktemp("splits") / "splits.csv"
+    small.write_text("\n".join(lines) + "\n")
+    return small

@@ -330,24 +330,6 @@ def test_half_a_pattern_is_refused(cells: Path, words: list[object], tmp_path: P
 # --- real cells ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def split_file(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real cells of `val`: 6 of each class to train on, 2 to test on."""
-    path = data_root / "pbc" / "splits.csv"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
-    with path.open(newline="") as file:
-        listed = [each for each in csv.DictReader(file) if each["split"] == "val"]
-    lines = ["path,label,split"]
-    for name in sorted({each["label"] for each in listed}):
-        chosen = [each["path"] for each in listed if each["label"] == name][:8]
-        parts = ["train"] * 6 + ["test"] * 2
-        lines += [f"{each},{name},{part}" for each, part in zip(chosen, parts, strict=True)]
-    small = tmp_path_factory.mktemp("augment") / "splits.csv"
-    small.write_text("\n".join(lines) + "\n")
-    return small
-
-
 @pytest.mark.real
 def test_real_cells(
     data_root: Path, split_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,6 +46,7 @@ from cytodiffusion.evaluate.blinded import (
     read_answers,
     read_key,
 )
+from cytodiffusion.release import commit
 
 DEMO = ZOO.parent / "demo"
 EACH = 2  # real cells of each of three classes: twelve cells with the drawn ones
@@ -337,6 +338,21 @@ def all_right(folder: Path, reader: str = "Anna") -> list[tuple[Any, ...]]:
 def score(prepared: Path, out: Path, *answers: Path) -> Result:
     return cli("bench", "authenticity", "score", *answers, "--key", prepared / "key.csv", "-o", out,
                "--draws", 40, "--json")  # fmt: skip
+
+
+def test_the_weights_that_drew_are_named(prepared: Path, tmp_path: Path) -> None:
+    """As the drawn cells' marks say; nothing of it where a key stands alone."""
+    path = write_answers(tmp_path / "anna.csv", all_right(prepared))
+    said = score(prepared, tmp_path / "out", path)
+    assert said.json["weights"] == {"tiny": "0" * 12}
+    assert said.json["commit"] == commit()
+    assert "0" * 12 not in (prepared / "test.html").read_text()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(prepared / "key.csv", alone)
+    assert "weights" not in score(alone, tmp_path / "again", path).json
+    (alone / "drawn.json").write_text("{")
+    assert "drawn.json is no JSON" in score(alone, tmp_path / "again", path).complaint
 
 
 def test_lines_that_are_no_answers_are_named_and_the_rest_is_done(

@@ -146,6 +146,16 @@ def test_an_unreadable_image_is_left_out(bundle: Path, cells: Path, tmp_path: Pa
     assert told.json["procedures"][0]["cells"] == 5
 
 
+def test_nothing_but_unreadable_images_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "in" / CLASSES[0]).mkdir(parents=True)
+    (tmp_path / "in" / CLASSES[0] / "00.png").write_bytes(b"no image")
+    told = cli("bench", "cost", tmp_path / "in", "-m", bundle, "-o", tmp_path / "out",
+               "--procedures", "fast", "--device", "cpu")  # fmt: skip
+    assert told.code == 2
+    assert "None of the 1 images could be read" in told.complaint
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("words", [["--procedures", "quick"], ["-m", "nonsense"]], ids=str)
 def test_a_wrong_call_writes_nothing(
     bundle: Path, cells: Path, tmp_path: Path, words: list

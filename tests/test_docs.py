@@ -14,7 +14,8 @@ import pytest
 from cytodiffusion.bundle import ZOO
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/log.md", ROOT / "CHANGELOG.md"]
+NAMES = ("README.md", "docs/map.md", "docs/log.md", "docs/drawn.md", "CHANGELOG.md")
+PAGES = [ROOT / name for name in NAMES]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -284,33 +283,15 @@ def test_a_wrong_call_writes_nothing(
 # --- real cells ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def split_file(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real cells of `val`: 4 of each class to train on, 2 to test on."""
-    path = data_root / "pbc" / "splits.csv"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
-    with path.open(newline="") as file:
-        listed = [each for each in csv.DictReader(file) if each["split"] == "val"]
-    lines = ["path,label,split"]
-    for name in sorted({each["label"] for each in listed}):
-        chosen = [each["path"] for each in listed if each["label"] == name][:6]
-        parts = ["train"] * 4 + ["test"] * 2
-        lines += [f"{each},{name},{part}" for each, part in zip(chosen, parts, strict=True)]
-    small = tmp_path_factory.mktemp("few") / "splits.csv"
-    small.write_text("\n".join(lines) + "\n")
-    return small
-
-
 @pytest.mark.real
 def test_real_cells(data_root: Path, split_file: Path, tmp_path: Path) -> None:
-    """Of 32 cells 16 have labels; what learns from all of them and what from 16 is told apart."""
+    """Of 48 cells 16 have labels; what learns from all of them and what from 16 is told apart."""
     words = ["bench", "low-data", data_root / "pbc", "-o", tmp_path, "--splits", split_file, "--labels", 2,
              "--repeats", 1, "--preset", "tiny", "--steps", 5, "--set", "batch=8", "--baselines", "none",
              "--jobs", 1, "--device", "cpu", "--json"]  # fmt: skip
     said = cli(*words)
     assert said.code == 0, said.err
-    assert said.json["training_cells"] == 32
+    assert said.json["training_cells"] == 48
     assert set(said.json["test_cells"].values()) == {2}
     assert [r["method"] for r in said.json["rows"]] == ["ours", "ours + unlabelled"]
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "told").iterdir()}

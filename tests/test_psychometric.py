@@ -17,6 +17,7 @@ from cytodiffusion.errors import CytoDiffusionError, DataError, OutputError, Set
 from cytodiffusion.evaluate import plots
 from cytodiffusion.evaluate.answers import Judged, read_all, read_answers
 from cytodiffusion.evaluate.psychometric import FAMILIES, GRID, Analysis, Curve, analyse, fit
+from cytodiffusion.release import commit
 
 WEIBULL = Curve("weibull", (0.5, 4.0), guess=0.125, lapse=0.04)
 BETA = Curve("beta", (4.0, 3.0), guess=0.125, lapse=0.04)
@@ -394,6 +395,19 @@ def test_a_model_beside_people(tmp_path, capsys):
     assert 0.5 < model["auroc_correct"] < 1
     low, high = model["auroc_correct_ci95"]
     assert low < model["auroc_correct"] < high
+
+
+def test_the_weights_that_answered_are_named(tmp_path):
+    folder, out = evaluated(tmp_path / "eval"), tmp_path / "out"
+    (folder / "metrics.json").write_text(json.dumps({"weights_sha256": "ab" * 32}))
+    uncertainty(out, [folder, people(tmp_path / "people.csv", "Ann")], draws=40)
+    values = json.loads((out / "results.json").read_text())
+    assert values["weights"] == {"eval": "ab" * 6}
+    assert values["commit"] == commit()
+    assert "ab" * 6 in (out / "report.html").read_text("utf-8")
+    (folder / "metrics.json").write_text("{}")
+    with pytest.raises(DataError, match="does not say which weights"):
+        uncertainty(out, [folder], draws=40)
 
 
 def test_the_page(tmp_path):

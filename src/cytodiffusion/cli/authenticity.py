@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 PAGE, KEY, CELLS = "test.html", "key.csv", "cells"
+DRAWN = "drawn.json"  # which weights drew; for the examiner, like the key
 
 
 # --- prepare -------------------------------------------------------------------------------------
@@ -86,6 +87,7 @@ def prepare(
     key = key_table(cells)
     _refuse_another(out, key)
     write_file(out / KEY, key, "the key")
+    write_file(out / DRAWN, _text(_drawn_by(listed[1], cells)), "what is known of the drawn cells")
     for cell in cells:
         write_file(out / CELLS / f"{cell.id}.png", cell.png, "a cell")
     write_file(out / PAGE, page([(c.id, c.png) for c in cells], size).encode(), "the test")
@@ -93,7 +95,10 @@ def prepare(
     values = {"cells": len(cells), "classes": {k: n for k, n in counts.items() if n}, "size": size,
               "page": str(out / PAGE), "key": str(out / KEY), "seed": seed}  # fmt: skip
     told = f"{len(cells)} cells, half of them drawn, {size} x {size} px."
-    told += f"\nReaders get {out / PAGE} and nothing else; {out / KEY} has the truth: keep it."
+    told += (
+        f"\nReaders get {out / PAGE} and nothing else. Keep {out / KEY}, which has the truth, and "
+    )
+    told += f"{DRAWN}, which says who drew."
     console.result(values, told)
     if console.unread:
         raise typer.Exit(1)
@@ -125,6 +130,19 @@ def _listed(
             f"{drawn} does not say that it is synthetic; it is taken as drawn all the same."
         )
     return found[0], found[1]
+
+
+def _drawn_by(samples: Sequence[Sample], cells: Sequence[Cell]) -> dict[str, str]:
+    """Models whose cells are in the test, by the cells' marks, and sha256 of their weights."""
+    from cytodiffusion.data.mark import read_mark
+
+    taken = {cell.source for cell in cells if cell.truth == "drawn"}
+    marks = [read_mark(sample.read()) for sample in samples if sample.name in taken]
+    found: dict[str, set[str]] = {}
+    for mark in marks:
+        if mark is not None:
+            found.setdefault(mark.model or "another program", set()).add(mark.weights[:12])
+    return {name: ", ".join(sorted(found[name])) for name in sorted(found)}
 
 
 def _size_of(samples: Sequence[Sample]) -> int:
@@ -218,7 +236,7 @@ def score(
     console = Console(json)
     if (out / PAGE).exists():
         raise SettingsError(f"{out} holds a test. Choose another folder with -o for its results.")
-    truths = read_key(key)
+    truths, origin = read_key(key), _origin(key)
     found, problems = read_answers(answers, truths)
     console.note(NOTICE)
     for problem in problems:
@@ -235,6 +253,7 @@ def score(
     words = ["cytodiffusion", "bench", "authenticity", "score", *answers, "--key", key, "-o", out]
     words += ["--draws", draws, "--seed", seed]
     facts = {"command": shlex.join(map(str, words)), "cells": len(truths), "seed": seed}
+    facts |= origin
     readers = rows[: len(everyone.readers)]
     values = {
         "readers": readers,
@@ -252,6 +271,21 @@ def score(
     )
     if problems:
         raise typer.Exit(1)
+
+
+def _origin(key: Path) -> dict[str, Any]:
+    """The weights that drew, as `prepare` wrote them beside the key, and the commit."""
+    import json
+
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.release import commit
+
+    path = key.with_name(DRAWN)
+    try:
+        weights = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise DataError(f"{path} is no JSON. Run `prepare` again, or take it away.") from error
+    return {"weights": weights, "commit": commit()} if weights else {"commit": commit()}
 
 
 def _curve(table: Table, name: str, seed: int, draws: int, console: Console) -> Outcome:

@@ -260,21 +260,20 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
     import numpy as np
     import torch
 
-    from cytodiffusion.classify.adapt import middle_draws
-    from cytodiffusion.evaluate.cost import Measured
-    from cytodiffusion.evaluate.shift import measure, preprocesses
+    from cytodiffusion.evaluate.cost import Measured, measure
+    from cytodiffusion.evaluate.shift import plan, preprocesses
     from cytodiffusion.files import writing_to
 
     torch.set_num_threads(1)  # one for each worker
     truth, found = np.array(lab.truth), []
     sums = json.loads((model.folder / "checksums.json").read_text())
     bundle = (sums["model.safetensors"], sums["calibration.json"])
-    draws = middle_draws() if step.middle else model.classifier.budget("full").draws
+    measurement = plan(model.classifier, step.middle)
     for preprocess in preprocesses(step, model.preprocess, lab.look):
-        about = (bundle, _digests(lab), lab.truth, preprocess, draws, model.engine)
+        about = (bundle, _digests(lab), lab.truth, preprocess, measurement.draws, model.engine)
         path = bench.out / "measured" / f"{model.name}-{lab.name}-{digest_of(about)}.npz"
         if not path.exists():
-            work = measure(model.classifier, lab.samples, truth, preprocess, step.middle, cores())
+            work = measure(model.classifier, measurement, lab.samples, truth, preprocess, cores())
             one = bench.console.follow(work, f"{model.name} on {lab.name}", len(truth), "cells")
             with writing_to(path.parent):
                 one.save(path)

@@ -59,20 +59,40 @@ def uncertainty(
             f"{out} is a folder of predictions, and its report would be lost. Choose another with -o."
         )
     answers = read_all(predictions)
-    rates = _rates(guess, answers, console)
+    origin, rates = _origin(answers), _rates(guess, answers, console)
     console.note(NOTICE)
     outcomes = _outcomes(answers, rates, family, level, seed, draws, console)
     words = ["cytodiffusion", "bench", "uncertainty", *predictions, "-o", out, "--family", family]
     words += ["--guess", guess, "--level", level, "--draws", draws, "--seed", seed]
     call = shlex.join(map(str, words))
     rows = [outcome.as_dict(seed) for outcome in outcomes]
-    values = {"curves": rows, "command": call, "seed": seed, "draws": draws}
-    facts = {"command": call, "draws": draws, "seed": seed}
+    facts = {"command": call, "draws": draws, "seed": seed, **origin}
+    values = {"curves": rows, **facts}
     write_file(out / "results.json", _text(values).encode(), "the results")
     write_page(out / "report.html", render("Accuracy by confidence", outcomes, rows, facts))
     console.result(values, "\n".join([*map(_line, rows), f"See {out}."]))
     if any(outcome.problem for outcome in outcomes):
         raise typer.Exit(1)
+
+
+def _origin(answers: Sequence[Answers]) -> dict[str, Any]:
+    """The weights behind each OUT folder of `evaluate`, where its metrics.json tells, and the commit."""
+    import json
+
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.release import commit
+
+    weights = {}
+    for each in answers:
+        path = Path(each.source) / "metrics.json"
+        if path.is_file():
+            try:
+                weights[each.name] = json.loads(path.read_text())["weights_sha256"][:12]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path} does not say which weights answered. Run `evaluate` again."
+                ) from error
+    return {"weights": weights, "commit": commit()} if weights else {"commit": commit()}
 
 
 def _rates(guess: str, answers: Sequence[Answers], console: Console) -> list[float | None]:

@@ -95,8 +95,24 @@ def run(
     classifier: Classifier, name: str, samples: Sequence[Sample], truth: Int[np.ndarray, " n"],
     preprocess: Preprocess, workers: int,
 ) -> Generator[int, None, Measured]:  # fmt: skip
-    """Yield how many cells are done; returns what was measured. Unreadable images are left out."""
+    """Yield how many cells are done; returns what was measured, without the trials that no cell took.
+
+    Unreadable images are left out. Raises DataError where none can be read.
+    """
     measurement, _ = procedure(classifier, name)
+    found = yield from measure(classifier, measurement, samples, truth, preprocess, workers)
+    used = max(1, int((~np.isnan(found.errors)).any((0, 2)).sum()))
+    return replace(found, errors=found.errors[:, :used])
+
+
+def measure(
+    classifier: Classifier, measurement: Measurement, samples: Sequence[Sample],
+    truth: Int[np.ndarray, " n"], preprocess: Preprocess, workers: int,
+) -> Generator[int, None, Measured]:  # fmt: skip
+    """Yield how many cells are done; returns their errors, in the order of the samples.
+
+    Unreadable images are left out. Raises DataError where none can be read.
+    """
     digests: dict[int, str] = {}
 
     def prepare(numbered: tuple[int, Sample]) -> tuple[Tensor, str] | None:
@@ -113,11 +129,11 @@ def run(
         found[place] = errors
         yield len(found)
     seconds = time.perf_counter() - began
+    if not found:
+        raise DataError(f"None of the {len(samples)} images could be read. Try: data check.")
     order = sorted(found)
-    stacked = np.stack([found[place] for place in order])
-    used = max(1, int((~np.isnan(stacked)).any((0, 2)).sum()))
     names = tuple(digests[place] for place in order)
-    return Measured(stacked[:, :used], truth[order], names, seconds)
+    return Measured(np.stack([found[place] for place in order]), truth[order], names, seconds)
 
 
 def passes(errors: Float[np.ndarray, "n t k1"], together: bool) -> Int[np.ndarray, "n t"]:

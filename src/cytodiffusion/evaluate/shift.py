@@ -10,15 +10,13 @@ The mean over sets weighs every set alike; its interval comes from resamples of 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import softmax
-from torch import Tensor
 
 from cytodiffusion.classify.adapt import (
     centred,
@@ -29,11 +27,9 @@ from cytodiffusion.classify.adapt import (
 )
 from cytodiffusion.classify.calibrate import change_prior
 from cytodiffusion.classify.classifier import Classifier
-from cytodiffusion.data.images import Preprocess, to_tensor
-from cytodiffusion.data.load import load_one
+from cytodiffusion.classify.measure import Measurement
+from cytodiffusion.data.images import Preprocess
 from cytodiffusion.data.look import Look, Match, crop_for
-from cytodiffusion.data.sample import Sample
-from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate.cost import Measured, spent
 from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, percentiles
 from cytodiffusion.evaluate.metrics import ece
@@ -92,38 +88,10 @@ def preprocesses(step: Step, plain: Preprocess, look: Look) -> list[Preprocess]:
     ]
 
 
-def measure(
-    classifier: Classifier, samples: Sequence[Sample], truth: Int[np.ndarray, " n"],
-    preprocess: Preprocess, middle: bool, workers: int,
-) -> Generator[int, None, Measured]:  # fmt: skip
-    """Yield how many cells are done; returns their errors. Unreadable images are left out.
-
-    All trials of the model's budget `full`, or those at middle noise levels.
-    """
-    plan = classifier.measurement("full")
-    if middle:
-        plan = replace(plan, draws=middle_draws(), policy=None)
-    digests: dict[int, str] = {}
-
-    def prepare(numbered: tuple[int, Sample]) -> tuple[Tensor, str] | None:
-        place, sample = numbered
-        item = load_one(sample, preprocess)
-        if item.pixels is None:
-            return None
-        digests[place] = item.sha256
-        return to_tensor(item.pixels).to(classifier.device), item.sha256
-
-    found: dict[int, np.ndarray] = {}
-    began = time.perf_counter()
-    for place, errors in plan.stream(classifier.meter, enumerate(samples), prepare, workers):
-        found[place] = errors
-        yield len(found)
-    if not found:
-        raise DataError(f"None of the {len(samples)} images could be read. Try: data check.")
-    order = sorted(found)
-    names = tuple(digests[place] for place in order)
-    errors = np.stack([found[place] for place in order])
-    return Measured(errors, truth[order], names, time.perf_counter() - began)
+def plan(classifier: Classifier, middle: bool) -> Measurement:
+    """All trials of the model's budget `full`, or those at middle noise levels."""
+    full = classifier.measurement("full")
+    return replace(full, draws=middle_draws(), policy=None) if middle else full
 
 
 def logits(
