@@ -271,6 +271,7 @@ def write_bundle(
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
         **{"steps": run.step, "train_images": len(run.data.labels), "val_sha256": held.sha256},
+        **({"start": settings.latent.start} if settings.latent else {}),
         **origin,
     }
     parameters = sum(weight.numel() for weight in denoiser.parameters())

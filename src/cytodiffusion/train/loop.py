@@ -118,6 +118,8 @@ class Run:
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, self._names(), tensors["optimizer"])
         self.best, self.best_score = tensors.get("best", {}), state["best_score"]
+        if self.accelerator.scaler is not None:  # of float16, whose gradients are scaled
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
     def save(self) -> None:
@@ -132,6 +134,8 @@ class Run:
         if self.best:
             tensors["best"] = self.best
         state = {"best_score": self.best_score, "classes": self.data.classes}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
         save_checkpoint(self.folder / "checkpoint", self.step, tensors, state)
 
     def denoiser(self, which: str = "ema") -> NetworkDenoiser:
@@ -151,7 +155,7 @@ def take_fitting(learner: nn.Module, start: Mapping[str, Tensor]) -> int:
 
     Raises SettingsError where they are less than half of the network: it is another one.
     """
-    own = learner.state_dict()
+    own = learned(learner)
     fitting = {n: v.float() for n, v in start.items() if n in own and own[n].shape == v.shape}
     taken, needed = (sum(v.numel() for v in each.values()) for each in (fitting, own))
     if 2 * taken < needed:
@@ -159,7 +163,7 @@ def take_fitting(learner: nn.Module, start: Mapping[str, Tensor]) -> int:
             f"Only {taken:,} of the {needed:,} weights of this network can begin with those given. Give "
             "a run with the same network settings, or train anew without --from."
         )
-    learner.load_state_dict(own | fitting)
+    learner.load_state_dict(own | fitting, strict=False)
     return taken
 
 

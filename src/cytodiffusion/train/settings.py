@@ -124,6 +124,7 @@ PAPER: dict[str, Any] = {
     },
     "batch": 10, "balance": 0.0, "learning_rate": 1e-5, "warmup": 0, "cooldown": 0.0,
     "ema": 0.9999, "label_dropout": 0.0, "precision": "fp16",
+    "checkpoint_minutes": 30,
 }  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
