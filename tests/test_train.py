@@ -22,6 +22,7 @@ from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.errors import ModelError, OutputError, SettingsError
+from cytodiffusion.train import loop
 from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cytodiffusion.train.ema import EMA
 from cytodiffusion.train.loop import (
@@ -155,6 +156,24 @@ def test_a_run_that_was_killed_twice_ends_with_the_same_weights(tmp_path, form):
     for stop in (first, second, None):
         run = go(tmp_path / "cut", chosen, stop)
     assert run.step == 8
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_scale_of_float16_gradients_goes_on_where_it_was(tmp_path, monkeypatch):
+    """A scaler that doubles at every step, on this processor: from 8 it comes to 8 x 2^8."""
+    plain = loop._accelerator
+
+    def scaling(chosen: TrainSettings, device: str):
+        accelerator = plain(chosen, device)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+        return accelerator
+
+    monkeypatch.setattr(loop, "_accelerator", scaling)
+    chosen = settings(checkpoint_minutes=1e-9)
+    go(tmp_path / "whole", chosen)
+    for stop in (3, None):
+        go(tmp_path / "cut", chosen, stop)
+    assert state(tmp_path / "cut")[1]["scaler"]["scale"] == 8 * 2**8
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
