@@ -1,6 +1,6 @@
 """A pipeline of Stable Diffusion's shape in diffusers' layout, with random weights: some hundred kB.
 
-    FOLDER/unet/, vae/, scheduler/      8 and 16 channels, 16 numbers a token, an autoencoder of 4 x 4 pixels
+    FOLDER/unet/, vae/, scheduler/      8 and 16 channels, 16 numbers a token, 4 x 4 pixels a latent
 
 Nothing of it was trained: what it says is noise, but it is the same noise as diffusers' own code makes.
 """
