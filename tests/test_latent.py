@@ -30,6 +30,7 @@ from cytodiffusion.classify.calibrate import HeldOut
 from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
 from cytodiffusion.classify.draws import standard_normal
 from cytodiffusion.classify.evidence import DenoiserMeter, disc
+from cytodiffusion.classify.fit import Plan
 from cytodiffusion.classify.race import PaperRace, paper_draws, paper_weight
 from cytodiffusion.cli.train import first_weights
 from cytodiffusion.data.images import Preprocess, to_tensor
@@ -343,6 +344,8 @@ def test_offset_noise(tiny, offset):
     _, noise, sigma, _ = made.draw(batch(900), torch.Generator().manual_seed(0))
     means = noise.mean((2, 3))
     assert float(means.var()) == pytest.approx(1 / 256 + offset**2, rel=0.12)
+    between = np.corrcoef(means.numpy().T)[~np.eye(4, dtype=bool)]
+    assert np.abs(between).max() < 0.15  # every channel has an offset of its own
     assert float((noise - means[:, :, None, None]).var()) == pytest.approx(255 / 256, rel=0.01)
     times = torch.searchsorted(made.levels, sigma)
     assert made.levels[times].equal(sigma)
@@ -640,8 +643,15 @@ def test_presets_are_the_papers_table(preset, size, radius, count, steps):
     assert [a.brightness, a.contrast, a.hue] == pytest.approx(
         [0.25 / 3**0.5, 0.25 / 3**0.5, 0.125 / 3**0.5], abs=0.005
     )
-    assert paper_draws(2000).sigmas.size == 2000
-    assert (PaperRace(paper_draws(4)).least, PaperRace(paper_draws(4)).every) == (20, 5)
+    race = PaperRace(paper_draws(Plan().paper_most))
+    assert (len(race.draws), race.least, race.every, race.alpha) == (2000, 20, 5, 2e-3)
+
+
+def test_noise_levels_of_a_calibration_grow_with_the_latents(tiny, space):
+    plan, plain = release.plan_of(settings(tiny), space), Plan()
+    assert (plan.low, plan.high) == (2 * plain.low, 2 * plain.high)
+    assert plan.levels < plain.levels
+    assert plan.paper_most == 2000
 
 
 # --- the race on latents ---------------------------------------------------------------------------

@@ -73,13 +73,16 @@ def test_weights_of_half_precision_are_float32_in_memory(tiny, tmp_path):
         assert found[name].equal(value.half().float()), name
 
 
-def test_weights_in_several_files(tiny, copy):
+@pytest.mark.parametrize("variant", [None, "bf16"])
+def test_weights_in_several_files(tiny, copy, variant):
     """As large U-Nets are saved."""
     (copy / "unet" / WEIGHTS).unlink()
-    unet().save_pretrained(copy / "unet", max_shard_size="100KB")
+    unet().save_pretrained(copy / "unet", max_shard_size="100KB", variant=variant)
+    if variant:
+        (copy / "vae" / WEIGHTS).rename(copy / "vae" / WEIGHTS.replace(".safe", ".bf16.safe"))
     assert len(list((copy / "unet").glob("*.safetensors"))) > 1
-    one, many = (read_pretrained(folder).unet.state_dict() for folder in (tiny, copy))
-    assert all(value.equal(many[name]) for name, value in one.items())
+    one, many = read_pretrained(tiny).unet, read_pretrained(copy, variant).unet
+    assert all(value.equal(many.state_dict()[name]) for name, value in one.state_dict().items())
 
 
 def test_a_name_on_the_hub_is_asked_for_what_is_needed(tiny, monkeypatch):
