@@ -542,9 +542,12 @@ def test_kept_latents_are_those_of_the_images(tiny, tmp_path):
 
 
 def test_views_differ(tiny, tmp_path):
-    made = learner(tiny, augmentation=Augmentation(), **CACHED)
-    encoded(tmp_path, made, cells().canvases)
+    """Of an image, and between the same image in different parts."""
+    made, canvases = learner(tiny, augmentation=Augmentation(), **CACHED), cells().canvases
+    canvases[16] = canvases[0]
+    encoded(tmp_path, made, canvases)
     assert (made.kept[:, 0] != made.kept[:, 1]).any((1, 2, 3)).all()
+    assert (made.kept[0] != made.kept[16]).any((1, 2, 3)).all()
 
 
 def test_a_killed_cache_goes_on(tiny, tmp_path):
