@@ -220,7 +220,7 @@ def test_a_single_file(tmp_path):
     assert "from_single_file" in said
 
 
-@pytest.mark.parametrize("where", ["/no/such/folder", "./folder", "nothing", "a/b/c"])
+@pytest.mark.parametrize("where", ["/nowhere", "../nowhere", "./nothing", "nothing", "a/b/c"])
 def test_no_such_folder(where, monkeypatch):
     """The hub is not asked for what cannot be a name on it."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
