@@ -1019,7 +1019,6 @@ def test_a_run_begins_with_the_running_mean_of_another(tiny, tmp_path):
         assert value.equal(first.ema.mean[name]), name
 
 
-@pytest.mark.xfail()
 def test_a_run_of_lora_begins_with_that_of_another(lora_run, tmp_path):
     start = first_weights(str(lora_run.folder), lora_run.data.classes)
     second = Run(tmp_path, lora_run.settings, cells(), "cpu", start)
