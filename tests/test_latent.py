@@ -593,12 +593,7 @@ def changed_image(canvases: np.ndarray, place: int) -> np.ndarray:
     return other
 
 
-@pytest.mark.parametrize("place", [
-    0,
-    pytest.param(1, marks=pytest.mark.xfail(
-        strict=True, reason="of 130 images every second one is looked at: stale latents are trained on"
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize("place", [0, 1])
 def test_other_images_are_encoded_anew(tiny, tmp_path, place):
     canvases = cells(44).canvases[:130]
     encoded(tmp_path, learner(tiny, latent={"cache": 1}), canvases)

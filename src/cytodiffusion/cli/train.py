@@ -226,6 +226,7 @@ def first_weights(start: str, classes: Sequence[str]) -> dict[str, Tensor]:
     What belongs to classes is left out where the classes are others. Raises ModelError.
     """
     from cytodiffusion.bundle import find_bundle, read_weights
+    from cytodiffusion.errors import ModelError
     from cytodiffusion.networks.compact import OF_CLASSES
     from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint
 
@@ -238,8 +239,18 @@ def first_weights(start: str, classes: Sequence[str]) -> dict[str, Tensor]:
         found = {f"denoiser.network.{name}": value for name, value in plain.items()}
     if list(known) == list(classes):
         return found
+    if any(name.startswith("unet.") for name in found):
+        raise ModelError(
+            f"{start} was fine-tuned for other classes ({', '.join(known)}), which its attentions hold "
+            "apart. Begin with the model that it began with: --set latent.start=..."
+        )
     others = tuple(f"denoiser.network.{part}." for part in OF_CLASSES)
     return {name: value for name, value in found.items() if not name.startswith(others)}
+
+
+def _source(start: str) -> str:
+    """A name on the hub, or that of a folder: paths of a machine are no one's business."""
+    return Path(start).resolve().name if Path(start).exists() else start
 
 
 def write_bundle(
@@ -271,7 +282,7 @@ def write_bundle(
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
         **{"steps": run.step, "train_images": len(run.data.labels), "val_sha256": held.sha256},
-        **({"start": settings.latent.start} if settings.latent else {}),
+        **({"start": _source(settings.latent.start)} if settings.latent else {}),
         **origin,
     }
     parameters = sum(weight.numel() for weight in denoiser.parameters())

@@ -30,6 +30,7 @@ from cytodiffusion.diffusion.precondition import VPDenoiser
 from cytodiffusion.errors import ModelError, SettingsError
 from cytodiffusion.networks.pretrained import Schedule, library
 
+CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
 UNIT = 2.0  # latents have standard deviation 1, pixels one half
 
 
@@ -96,11 +97,7 @@ def transformer_blocks(unet: nn.Module) -> list[Any]:
 def check_unet(unet: Any, classes: int) -> None:
     """Raises ModelError where a U-Net is not of Stable Diffusion's shape, or too narrow."""
     config = unet.config
-    extra = [
-        name
-        for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim")
-        if config.get(name) is not None
-    ]
+    extra = [name for name in CONDITIONS if config.get(name) is not None]
     first = config.down_block_types[0]
     if extra or first != "CrossAttnDownBlock2D" or not isinstance(config.cross_attention_dim, int):
         raise ModelError(
@@ -148,7 +145,8 @@ class LatentNetwork(nn.Module):
         for block in unet.down_blocks[1:]:
             x, kept = block(x, embedding, **_told(block, label))
             skips += kept
-        x = unet.mid_block(x, embedding, **_told(unet.mid_block, label))
+        if unet.mid_block is not None:
+            x = unet.mid_block(x, embedding, **_told(unet.mid_block, label))
         for block in unet.up_blocks:
             count = len(block.resnets)
             mine, skips = tuple(skips[-count:]), skips[:-count]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from cytodiffusion.diffusion.noise import scaled_linear_alpha_bar, sigma_of_alpha_bar
@@ -81,7 +81,7 @@ def read_pretrained(where: str | Path, variant: str | None = None) -> Pretrained
     `variant` chooses among weights, as "fp16" or "bf16"; numbers are float32 in memory. Raises
     ModelError, MissingExtra.
     """
-    folder = _found(where)
+    folder = _found(where, variant)
     _check_parts(folder)
     schedule = read_schedule(folder / "scheduler" / "scheduler_config.json")
     unet = _read(folder, "unet", "UNet2DConditionModel", variant)
@@ -94,7 +94,7 @@ def read_pretrained(where: str | Path, variant: str | None = None) -> Pretrained
     return Pretrained(unet, vae, schedule)
 
 
-def _found(where: str | Path) -> Path:
+def _found(where: str | Path, variant: str | None) -> Path:
     """The folder itself, or that of a download."""
     path = Path(where)
     if path.is_dir():
@@ -109,15 +109,16 @@ def _found(where: str | Path) -> Path:
             f"There is no folder {where}. Give one {TAKEN}, or the name of such a model on the hub, as "
             "owner/name."
         )
-    return _downloaded(str(where))
+    return _downloaded(str(where), variant)
 
 
-def _downloaded(name: str) -> Path:
+def _downloaded(name: str, variant: str | None) -> Path:
     """A snapshot of the parts that are needed, from the hub or from its cache."""
     library()
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors")]
+    weights = [f"{_name(variant)}{end}" for end in (".safetensors", "-0*.safetensors")]
+    wanted = [f"{part}/{file}" for part in PARTS for file in ("*.json", *weights)]
     try:
         return Path(snapshot_download(name, allow_patterns=["model_index.json", *wanted]))
     except Exception as error:  # the hub's client raises errors of several libraries
@@ -148,10 +149,7 @@ def _is_text_model(folder: Path) -> bool:
 
 def read_schedule(path: Path) -> Schedule:
     """The schedule of scheduler_config.json. Raises ModelError for one that is not of this kind."""
-    try:
-        config = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read ({_first_line(error)}).") from error
+    config = _config(path)
     name, growth = config.get("_class_name", "scheduler"), config.get("beta_schedule", "linear")
     kind = config.get("prediction_type", "epsilon")
     if not {"beta_start", "beta_end"} <= config.keys() or growth not in ("scaled_linear", "linear"):
@@ -166,32 +164,57 @@ def read_schedule(path: Path) -> Schedule:
         )
     if kind not in PREDICTIONS:
         raise ModelError(f"{path}: predicts '{kind}'; supported: {', '.join(PREDICTIONS)}.")
-    return Schedule(
-        steps=config.get("num_train_timesteps", 1000), beta_start=config["beta_start"],
-        beta_end=config["beta_end"], growth=growth, prediction=PREDICTIONS[kind],
-    )  # fmt: skip
+    try:
+        return Schedule(
+            steps=config.get("num_train_timesteps", 1000), beta_start=config["beta_start"],
+            beta_end=config["beta_end"], growth=growth, prediction=PREDICTIONS[kind],
+        )  # fmt: skip
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelError(
+            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}. Download it again."
+        ) from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """A JSON file of a part. Raises ModelError where it is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({_first_line(error)}). Download it again."
+        ) from error
 
 
 def _read(folder: Path, part: str, kind: str, variant: str | None) -> Any:
     """A part by diffusers, from safetensors."""
-    said = json.loads((folder / part / "config.json").read_text()).get("_class_name", kind)
+    said = _config(folder / part / "config.json").get("_class_name", kind)
     if said != kind:
         raise ModelError(f"{folder / part} is a {said}; needed is a {kind}. Give a model {TAKEN}.")
     _check_weights(folder / part, variant)
     try:
-        return getattr(library(), kind).from_pretrained(
+        found, told = getattr(library(), kind).from_pretrained(
             folder, subfolder=part, variant=variant, use_safetensors=True, local_files_only=True,
-            torch_dtype=torch.float32, low_cpu_mem_usage=False,
+            torch_dtype=torch.float32, low_cpu_mem_usage=False, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{folder / part} cannot be read as a {kind} ({_first_line(error)}). Download it again."
         ) from error
+    if missing := sorted(told["missing_keys"]):
+        raise ModelError(
+            f"{folder / part} lacks {len(missing)} of its weights ({missing[0]}, ...). Download it again."
+        )
+    return found
+
+
+def _name(variant: str | None) -> str:
+    return f"{WEIGHTS}.{variant}" if variant else WEIGHTS
 
 
 def _check_weights(folder: Path, variant: str | None) -> None:
     """Raises ModelError where there are no weights of the variant, naming those there are."""
-    name = f"{WEIGHTS}.{variant}" if variant else WEIGHTS
+    name = _name(variant)
     if any(path.name.startswith((f"{name}.safetensors", f"{name}-0")) for path in folder.iterdir()):
         return
     there = sorted(path.name for path in folder.glob(f"{WEIGHTS}*"))

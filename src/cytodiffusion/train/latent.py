@@ -193,7 +193,8 @@ def keep_latents(
     s, path, stamp = learner.settings, folder / CACHE, folder / f"{CACHE}.json"
     shape = (len(canvases), learner.latent.cache, *learner.space.shape(s.preprocess.size))
     about = hashlib.sha256(repr((shape, s.preprocess, s.augmentation, s.latent, seed)).encode())
-    about.update(np.ascontiguousarray(canvases[:: max(1, len(canvases) // 64)]).tobytes())
+    for canvas in canvases:
+        about.update(np.ascontiguousarray(canvas).data)
     done = _done(stamp, about.hexdigest()) if path.exists() else 0
     kept = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float16, shape)
     for start in range(done, len(canvases), ROWS):
