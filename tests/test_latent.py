@@ -116,6 +116,26 @@ def test_the_network_is_the_unet_of_diffusers(shape, size, count):
     assert (wanted[0, 0] - wanted[0, 1]).abs().max() > 0.01  # the label does matter
 
 
+def test_half_precision_is_of_the_weights_and_not_of_the_time():
+    """Float16 has no 721.7: half steps end at 512."""
+    net = LatentNetwork(folded(unet(), K), K, Schedule())
+    noisy, time, labels = (
+        torch.randn(2, 4, 4, 4),
+        torch.tensor([3.0, 721.7]),
+        torch.tensor([[0], [3]]),
+    )
+    with torch.no_grad():
+        wanted = net(noisy, time, labels)
+        net.half().unet.time_proj.register_forward_hook(
+            lambda layer, given, said: seen.append(given[0])
+        )
+        seen: list[Tensor] = []
+        found = net(noisy, time, labels)
+    assert seen[0].equal(time)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.01)
+
+
 def test_what_comes_before_the_first_label_is_computed_once():
     """Rows of each layer for 2 images of 4 labels: 2 before the first cross-attention, 8 from there."""
     net = LatentNetwork(folded(unet(layers_per_block=2), K), K, Schedule())

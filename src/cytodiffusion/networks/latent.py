@@ -132,7 +132,7 @@ class LatentNetwork(nn.Module):
     ) -> Float[Tensor, "n k c h w"]:
         dtype = self.unet.conv_in.weight.dtype
         said_of = label_vectors(labels, self.classes).to(dtype).flatten(0, 1)[:, None]
-        said = self._run(noisy.to(dtype), time.to(dtype), said_of, labels.shape[1])
+        said = self._run(noisy.to(dtype), time, said_of, labels.shape[1])
         return said.float().unflatten(0, labels.shape)
 
     def _run(self, x: Tensor, time: Tensor, label: Float[Tensor, "m 1 k"], k: int) -> Tensor:
