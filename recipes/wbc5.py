@@ -50,7 +50,7 @@ def main() -> None:
     )
     if run is not None:
         origin = {"recipe": "recipes/wbc5.py", "data": "PBC, Raabin-WBC and BCCD", "preset": preset,
-                  "start": args.start}  # fmt: skip
+                  "start": Path(args.start).name}  # fmt: skip
         write_bundle(run, held, args.out / "bundle", "wbc5", origin, labels, console)
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from cytodiffusion import bundle as bundles
 from cytodiffusion import release
-from cytodiffusion.classify import measure as measure_module
+from cytodiffusion.classify.adapt import middle_draws
 from cytodiffusion.classify.calibrate import HeldOut
 from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
 from cytodiffusion.classify.draws import standard_normal
@@ -38,6 +38,7 @@ from cytodiffusion.data.transforms import POSES, Augmentation
 from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.diffusion.noise import karras_sigmas
 from cytodiffusion.errors import MissingExtra, ModelError, SettingsError
+from cytodiffusion.evaluate.anomaly import spread_trials
 from cytodiffusion.explain.counterfactual import Settings, measure, redraw
 from cytodiffusion.networks import latent as latent_networks
 from cytodiffusion.networks.exact import GaussianWorld
@@ -696,7 +697,7 @@ def paper_classifier(meter, space, classes: int, race: PaperRace) -> Classifier:
     )  # fmt: skip
 
 
-def test_the_race_on_latents_is_one_that_asks_pair_by_pair(monkeypatch):
+def test_the_race_on_latents_is_one_that_asks_pair_by_pair():
     """A lax race, so that classes leave at different times: whole cells first, then pairs."""
     net = LatentNetwork(folded(unet(), K), K, Schedule()).denoiser().eval()
     space, meter = LatentSpace(vae()), Counted(DenoiserMeter(net, 1.6))
@@ -721,9 +722,11 @@ def test_the_race_on_latents_is_one_that_asks_pair_by_pair(monkeypatch):
     assert (told.passes == ran.sum((1, 2))).all()
     assert (told.trials == ran.any(2).sum(1)).all()
 
-    monkeypatch.setattr(measure_module, "PIXELS", space)  # as with pixels: every pair apart
     apart = Counted(meter.meter)
-    wanted = classifier.measurement("paper").measure(apart, images, list("uvwxyz"))
+    plain = replace(
+        classifier.measurement("paper"), shared=False
+    )  # as with pixels: every pair apart
+    wanted = plain.measure(apart, images, list("uvwxyz"))
     assert {shape[1] for shape in apart.calls} == {1}
     np.testing.assert_allclose(errors, wanted, rtol=1e-4)
     assert (np.isnan(errors) == np.isnan(wanted)).all()
@@ -1039,3 +1042,40 @@ def test_a_run_of_lora_begins_with_that_of_another(lora_run, tmp_path):
     second = Run(tmp_path, lora_run.settings, cells(), "cpu", start)
     for name, value in lora_run.ema.mean.items():
         assert value.equal(second.learner.state_dict()[name]), name
+
+
+# --- what was found by reading ---------------------------------------------------------------------
+
+
+def test_settings_of_the_other_kind_of_network_are_refused():
+    with pytest.raises(SettingsError, match=r"presets paper-"):
+        make_settings("cpu", ["latent.cache=8"])
+    with pytest.raises(SettingsError, match="preset cpu or gpu"):
+        make_settings("paper-shift", ["network.width=64"])
+    with pytest.raises(SettingsError, match=r"latent.disc"):
+        make_settings("paper-shift", ["latent.disc=0.5"])  # no latent pixel lies within it
+
+
+def test_an_interrupted_change_of_images_leaves_no_stamp(tiny, tmp_path):
+    """Set A whole, B cut before its first image is done: A is encoded anew, not read from B's file."""
+    first, other = cells(3).canvases, cells(3, seed=1).canvases
+    encoded(tmp_path, learner(tiny, latent={"cache": 1}), first)
+    cut = learner(tiny, latent={"cache": 1})
+    cut.space.encode = lambda images: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(tmp_path, cut, other)
+    made = learner(tiny, latent={"cache": 1})
+    encoded(tmp_path, made, first)
+    assert all(np.abs(one).sum() > 0 for one in made.kept)
+
+
+def test_weights_of_another_learner_are_refused(tiny):
+    made = learner(tiny)
+    with pytest.raises(SettingsError, match="not of this network"):
+        made.usable({"unet.elsewhere": torch.zeros(1)})
+
+
+def test_noise_levels_grow_with_the_space():
+    plain, latent = middle_draws(), middle_draws(scale=2.0)
+    np.testing.assert_allclose(latent.sigmas, 2 * plain.sigmas, rtol=1e-6)
+    np.testing.assert_allclose(spread_trials(0, 2.0).sigmas, 2 * spread_trials(0).sigmas, rtol=1e-6)

@@ -155,6 +155,11 @@ def _write(folder: Path, parts: Parts) -> None:
         settings = LatentShape.of(network, space, parts.radius)
         shape = {"network": "latent", "settings": settings.model_dump(mode="json")}
         weights |= _half({f"{VAE}{name}": v for name, v in space.vae.state_dict().items()})
+    else:
+        raise ModelError(
+            f"A {type(network).__name__} in this space cannot be saved: a network on latents needs its "
+            "LatentSpace, Parts(space=...)."
+        )
     if isinstance(parts.denoiser, EDMDenoiser):
         shape["sigma_data"] = parts.denoiser.sigma_data
     save_file(weights, folder / "model.safetensors")

@@ -38,10 +38,11 @@ from cytodiffusion.data.sample import Sample
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.loss import UNLABELLED
+from cytodiffusion.diffusion.precondition import NetworkDenoiser
 from cytodiffusion.errors import DataError
 from cytodiffusion.train.loop import Validate
 from cytodiffusion.train.settings import TrainSettings
-from cytodiffusion.types import PIXELS, Classes, Denoiser, Space
+from cytodiffusion.types import PIXELS, Classes, Space
 
 FEW = 320  # held-out cells that score a class-conditional network while it trains
 
@@ -126,9 +127,14 @@ def validator(
     draws = stratified(4, 0.05 * space.scale, 4.0 * space.scale, frozen=True)
     images = to_tensor(pixels.images)
 
-    def validate(denoiser: Denoiser) -> dict[str, float]:
-        measurement = Measurement(draws, classes + 1, POSES, together=together, space=space)
-        errors = measurement.measure(DenoiserMeter(denoiser, radius), images, pixels.digests)
+    def validate(denoiser: NetworkDenoiser) -> dict[str, float]:
+        device = next(denoiser.parameters()).device
+        measurement = Measurement(
+            draws, classes + 1, POSES, together=together, space=space, shared=space is not PIXELS
+        )
+        errors = measurement.measure(
+            DenoiserMeter(denoiser, radius), images.to(device), pixels.digests
+        )
         return scores(out_of_fold(errors[:, :, :-1], pixels.labels), pixels.labels)
 
     return validate
@@ -189,7 +195,10 @@ def calibrate(
 ) -> Generator[int, None, Calibrated]:  # fmt: skip
     """Yield how many held-out cells are measured; returns the fitted budgets."""
     truth, columns = pixels.labels, classes + 1
-    every = Measurement(candidates(plan), columns, POSES, together=together, space=space)
+    latent = space is not PIXELS
+    every = Measurement(
+        candidates(plan), columns, POSES, together=together, space=space, shared=latent
+    )
     errors = yield from measured(every, meter, pixels, np.arange(len(truth)), workers)
     budgets = fit_budgets(errors, truth, plan, apart=not together)
 
@@ -202,8 +211,8 @@ def calibrate(
     for name, race in races.items():
         draws = race.draws.first(plan.race_trials)
         short = Measurement(
-            draws, columns, POSES, race, together, anyone=together, space=space
-        )  # fmt: skip
+            draws, columns, POSES, race, together, anyone=together, space=space, shared=latent
+        )
         errors = yield from measured(short, meter, pixels, rows, workers, before=done)
         budgets[name] = fit_race(errors, truth[rows], race)
         done += len(rows)
@@ -246,7 +255,8 @@ def make_card(
     )
     words = {"name": name, "classes": ", ".join(classes), "form": form, "rows": rows}
     shape = {"parameters": parameters / 1e6, "crop": preprocess.crop, "size": preprocess.size}
-    begun = f", begun with the weights of {origin['start']}" if "start" in origin else ""
+    start = origin.get("start") or origin.get("pretrained")
+    begun = f", begun with the weights of {start}" if start else ""
     return CARD.format(**words, **shape, **origin, begun=begun)
 
 

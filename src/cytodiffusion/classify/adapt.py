@@ -33,9 +33,9 @@ LEVELS, LOW, HIGH = 8, 0.3, 1.6  # chosen on raabin and PBC val (docs/log.md)
 ROUNDS = 1000  # of EM, at most
 
 
-def middle_draws(seed: int = 0) -> Draws:
-    """Trials at noise levels where another laboratory changes least."""
-    return stratified(LEVELS, LOW, HIGH, seed=seed, frozen=True)
+def middle_draws(seed: int = 0, scale: float = 1.0) -> Draws:
+    """Trials at noise levels where another laboratory changes least; `scale` is that of the space."""
+    return stratified(LEVELS, LOW * scale, HIGH * scale, seed=seed, frozen=True)
 
 
 def equal_logits(errors: Float[np.ndarray, "n t k"]) -> Float[np.ndarray, "n k"]:

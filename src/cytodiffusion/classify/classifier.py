@@ -151,10 +151,12 @@ class Classifier:
     def measurement(self, budget: str = "balanced") -> Measurement:
         """How the cells of a budget are measured."""
         chosen, latent = self.budget(budget), self.space is not PIXELS
+        on_cpu = torch.device(self.device).type == "cpu"
         return Measurement(
             chosen.draws, len(self.classes) + 1, self.poses, chosen.policy, self.together,
             anyone=self.together or not isinstance(chosen.reader, RaceReader),
-            batch=BATCH if str(self.device) == "cpu" or latent else GPU_BATCH, space=self.space,
+            batch=BATCH if on_cpu or latent else GPU_BATCH, space=self.space, shared=latent,
+            most=1 if latent and not on_cpu else None,  # a large network fills a GPU by itself
         )  # fmt: skip
 
     def measure(

@@ -76,8 +76,8 @@ class Measurement:
     done. `together` says that all labels come from one pass, so that a cell is computed whole;
     otherwise every living (cell, label) pair is a pass of its own, and "any cell", which is only
     compared with all classes, leaves with the first of them. Both give the same. `space` is where noise
-    is added; a network on latents is asked for all labels of a cell in one call as long as all are in,
-    so that it can share work between them.
+    is added. With `shared`, all labels of a cell are asked for in one call as long as all are in, so that
+    a network can share work between them; at most `most` threads measure at a time.
     """
 
     draws: Draws
@@ -88,6 +88,8 @@ class Measurement:
     anyone: bool = True  # whether "any cell" is measured
     batch: int = BATCH
     space: Space = PIXELS
+    shared: bool = False
+    most: int | None = None
 
     def stream(
         self,
@@ -101,7 +103,7 @@ class Measurement:
         `prepare` makes (image, digest) of a source; where it makes None, the source is passed over.
         Each of `workers` threads prepares and measures cells of its own.
         """
-        waiting = Waiting(sources)
+        waiting, workers = Waiting(sources), min(workers, self.most or workers)
         if workers == 1:
             yield from self._run(meter, waiting, prepare)
             return
@@ -191,7 +193,7 @@ class Measurement:
             every = np.arange(self.columns)
             yield from _batches(np.arange(len(alive)), np.tile(every, (len(alive), 1)), self.batch)
             return
-        whole = np.logical_and(alive[:, :-1].all(1), self.space is not PIXELS)
+        whole = np.logical_and(alive[:, :-1].all(1), self.shared)
         if whole.any():
             rows = np.flatnonzero(whole)
             labels = np.nonzero(alive[rows])[1].reshape(len(rows), -1)

@@ -300,6 +300,7 @@ def _measured(bench: Bench, ours: Model, name: str, cells: Cells) -> Measured:
 
     from cytodiffusion.evaluate.anomaly import Measured, measure
     from cytodiffusion.files import writing_to
+    from cytodiffusion.types import PIXELS
 
     checksums = (ours.folder / "checksums.json").read_text()
     pixels = hashlib.sha256(cells.pixels.tobytes()).hexdigest()
@@ -309,7 +310,8 @@ def _measured(bench: Bench, ours: Model, name: str, cells: Cells) -> Measured:
         bench.console.note(f"{name}: measured before, see {path}.")
         return Measured.load(path)
     torch.set_num_threads(1)  # one for each worker
-    work = measure(ours.classifier, trunk_features(ours, bench.device), cells, cores())
+    features = trunk_features(ours, bench.device) if ours.space is PIXELS else None
+    work = measure(ours.classifier, features, cells, cores())
     found = bench.console.follow(work, f"measuring {name}", len(cells.digests), "cells")
     with writing_to(path.parent):
         found.save(path)

@@ -270,19 +270,20 @@ def write_bundle(
     denoiser = run.denoiser("best" if run.best else "ema")
     if learner.space is PIXELS:
         denoiser.cpu()  # small, and quicker there on many threads
-    plan = plan_of(settings, learner.space)
+    plan, on_gpu = plan_of(settings, learner.space), next(denoiser.parameters()).is_cuda
+    workers = 1 if on_gpu else cores()
     torch.set_num_threads(1)  # one for each worker
     calibrated = console.follow(
         calibrate(
             DenoiserMeter(denoiser, learner.radius), held, len(classes), settings.together, plan,
-            cores(), learner.space,
+            workers, learner.space,
         ),
         "calibrating", len(held.labels) + 2 * len(race_part(held.labels, plan.race_cells)), "cells",
     )  # fmt: skip
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
         **{"steps": run.step, "train_images": len(run.data.labels), "val_sha256": held.sha256},
-        **({"start": _source(settings.latent.start)} if settings.latent else {}),
+        **({"pretrained": _source(settings.latent.start)} if settings.latent else {}),
         **origin,
     }
     parameters = sum(weight.numel() for weight in denoiser.parameters())

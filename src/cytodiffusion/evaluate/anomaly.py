@@ -92,31 +92,37 @@ class Measured:
             return cls(file["errors"], file["ladder"], file["features"])
 
 
-def spread_trials(seed: int) -> Draws:
-    """Trials over all noise levels, the same noise for every cell."""
-    return stratified(LEVELS, LOW, HIGH, seed=seed, frozen=True)
+def spread_trials(seed: int, scale: float = 1.0) -> Draws:
+    """Trials over all noise levels, the same noise for every cell; `scale` is that of the space."""
+    return stratified(LEVELS, LOW * scale, HIGH * scale, seed=seed, frozen=True)
 
 
 def measure(
-    classifier: Classifier, features: Features, cells: Cells, workers: int = 1
+    classifier: Classifier, features: Features | None, cells: Cells, workers: int = 1
 ) -> Generator[int, None, Measured]:
-    """Yield how many cells are measured; returns the errors and features of all, in their order."""
+    """Yield how many cells are measured; returns the errors and features of all, in their order.
+
+    Without `features` there are none, and no score of them.
+    """
     pixels = cells.pixels
     own = classifier.budget("full").draws
-    draws = replace(own, trials=own.trials + spread_trials(own.seed).trials)
+    draws = replace(own, trials=own.trials + spread_trials(own.seed, classifier.space.scale).trials)
     work = replace(classifier.measurement("full"), draws=draws, policy=None)
     errors = np.full((len(pixels), len(draws), work.columns), np.nan, dtype=np.float32)
 
     def prepare(place: int) -> tuple[Tensor, str]:
         return to_tensor(pixels[place]).to(classifier.device), cells.digests[place]
 
-    for done, (place, found) in enumerate(
+    for done, (place, one) in enumerate(
         work.stream(classifier.meter, range(len(pixels)), prepare, workers), start=1
     ):
-        errors[place] = found
+        errors[place] = one
         yield done
-    seen = [features(to_tensor(pixels[i : i + 64])) for i in range(0, len(pixels), 64)]
-    return Measured(errors[:, : len(own)], errors[:, len(own) :], torch.cat(seen).cpu().numpy())
+    found = np.zeros((len(pixels), 0), dtype=np.float32)
+    if features is not None:
+        seen = [features(to_tensor(pixels[i : i + 64])) for i in range(0, len(pixels), 64)]
+        found = torch.cat(seen).cpu().numpy()
+    return Measured(errors[:, : len(own)], errors[:, len(own) :], found)
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -126,20 +132,24 @@ def scores(
     classifier: Classifier, known: Measured, truth: Int[np.ndarray, " m"], cells: Measured
 ) -> dict[str, Float[np.ndarray, " n"]]:
     """Every score of these cells. `known` cells, of the classes `truth`, are those of calibration."""
-    full, weights = classifier.budget("full"), paper_weight(spread_trials(0).sigmas)
+    full, scale = classifier.budget("full"), classifier.space.scale
+    weights = paper_weight(spread_trials(0, scale).sigmas)
     assert isinstance(full.reader, sequential.Sequence)
     depth = full.reader.depths[-1]
     errors, classes = cells.errors, cells.errors[:, :, :-1]
     probabilities = full.reader.probabilities(errors)
     fitted, model = depth.posterior, depth.anomalies
+    trunk = {
+        "features": _distances(known.features, truth, cells.features),
+        "neighbours": _nearest(known.features, cells.features),
+    } if known.features.shape[1] else {}  # fmt: skip
     return {
         "zeta": -zeta(cells.ladder[:, :, :-1], weights),
         "pattern": model.distance(errors),
         "margin": -sequential.gap(fitted.logits(classes)),
         "doubt": doubt(probabilities),
         "typicality": _distances(_logs(known), np.zeros_like(truth), _logs(cells)),
-        "features": _distances(known.features, truth, cells.features),
-        "neighbours": _nearest(known.features, cells.features),
+        **trunk,
         "error": cells.ladder[:, :, :-1].mean(1).min(1).astype(np.float64),
         "combined": full.reader.anomaly(errors),
         TOLD: as_told(classifier.budget("balanced"), cells),

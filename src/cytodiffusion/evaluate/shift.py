@@ -91,7 +91,8 @@ def preprocesses(step: Step, plain: Preprocess, look: Look) -> list[Preprocess]:
 def plan(classifier: Classifier, middle: bool) -> Measurement:
     """All trials of the model's budget `full`, or those at middle noise levels."""
     full = classifier.measurement("full")
-    return replace(full, draws=middle_draws(), policy=None) if middle else full
+    draws = middle_draws(scale=classifier.space.scale)
+    return replace(full, draws=draws, policy=None) if middle else full
 
 
 def logits(

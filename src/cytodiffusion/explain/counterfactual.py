@@ -163,7 +163,7 @@ def explain(
 ) -> list[Explanation]:  # fmt: skip
     """What a cell named `own` would be as each of `others`; `digest` decides its noise.
 
-    `image` is in [-1, 1], whatever the space; levels are in its units / its scale.
+    `image` is in [-1, 1] whatever the space; noise levels are those of pixels, multiplied by its scale.
 
     Raises LabelError for a class that the model does not know.
     """
@@ -222,8 +222,8 @@ def guesses(
     noisy = noisy + sigma[:, None, None, None] * torch.stack(noise).to(image)
     asked = torch.tensor(labels, device=image.device).expand(len(draws), -1)
     parts = zip(noisy.split(BATCH), sigma.split(BATCH), asked.split(BATCH), strict=True)
-    guessed = [denoiser(*part).flatten(0, 1) for part in parts]
-    found = torch.cat([space.decode(part) for part in guessed]).unflatten(0, (-1, len(labels)))
+    guessed = torch.cat([denoiser(*part).flatten(0, 1) for part in parts])
+    found = _decoded(space, guessed).unflatten(0, (-1, len(labels)))
     return torch.stack([view.undo(guess) for view, guess in zip(views, found, strict=True)])
 
 
@@ -283,7 +283,12 @@ def redraw(
         drawn = guess + (there / here).view(-1, 1, 1, 1) * (drawn - guess)
     grain = torch.full_like(sigmas[0], GRAIN * space.scale)
     last = [_seen(denoiser, drawn, grain, asked, view) for view in views[::5]]
-    return space.decode(torch.stack(last).mean(0)).view(starts, classes, *image.shape)
+    return _decoded(space, torch.stack(last).mean(0)).view(starts, classes, *image.shape)
+
+
+def _decoded(space: Space, latents: Tensor) -> Tensor:
+    """Images, a batch at a time."""
+    return torch.cat([space.decode(part) for part in latents.split(BATCH)])
 
 
 def _seen(

@@ -205,7 +205,9 @@ class LatentShape(BaseModel):
     unet: dict[str, Any] = Field(description="configuration of diffusers' UNet2DConditionModel")
     vae: dict[str, Any] = Field(description="and of its AutoencoderKL")
     schedule: Schedule = Field(description="of the training")
-    disc: float | None = Field(None, description="errors count within this radius, latent pixels")
+    disc: float | None = Field(
+        None, ge=1, description="errors count within this radius, latent pixels"
+    )
 
     @classmethod
     def of(cls, network: LatentNetwork, space: LatentSpace, disc: float | None) -> LatentShape:

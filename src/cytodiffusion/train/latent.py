@@ -42,7 +42,7 @@ from cytodiffusion.networks.latent import (
     tokens,
 )
 from cytodiffusion.networks.pretrained import read_pretrained
-from cytodiffusion.train.learner import Batch, Learner
+from cytodiffusion.train.learner import Batch, Learner, check_names, learned
 from cytodiffusion.train.settings import LatentSettings, TrainSettings
 
 ATTENTIONS = ["to_q", "to_k", "to_v", "to_out.0"]  # the layers that LoRA changes
@@ -67,7 +67,7 @@ class LatentLearner(Learner):
         self.schedule = found.schedule
         self.register_buffer("levels", found.schedule.levels, persistent=False)
         self.sigmas = float(self.levels[0]), float(self.levels[-1])
-        self.unet: Any = _prepared(found.unet, settings.latent)
+        self.unet: Any = _trainable(found.unet, settings.latent)
         self.kept: np.ndarray | None = None  # encoded views, (images, views, c, h, w)
 
     levels: Tensor
@@ -140,13 +140,14 @@ class LatentLearner(Learner):
         """The U-Net with these weights, LoRA merged into it and its class vectors folded."""
         made = copy.deepcopy(self.unet)
         own = {name.removeprefix("unet."): value for name, value in weights.items()}
+        check_names(own, learned(made), "these weights")
         made.load_state_dict(own, strict=False)
         plain = made.merge_and_unload() if self.latent.lora else made
         network = LatentNetwork(folded(plain, self.classes), self.classes, self.schedule)
         return network.denoiser().eval().requires_grad_(False).to(self.levels.device)
 
 
-def _prepared(unet: Any, latent: LatentSettings) -> nn.Module:
+def _trainable(unet: Any, latent: LatentSettings) -> nn.Module:
     """The U-Net with what is trained of it marked so."""
     if latent.checkpointing:
         unet.enable_gradient_checkpointing()
@@ -190,23 +191,34 @@ def keep_latents(
 
     Run again, it goes on where it stopped; what was encoded with other settings is encoded anew.
     """
-    s, path, stamp = learner.settings, folder / CACHE, folder / f"{CACHE}.json"
-    shape = (len(canvases), learner.latent.cache, *learner.space.shape(s.preprocess.size))
-    about = hashlib.sha256(repr((shape, s.preprocess, s.augmentation, s.latent, seed)).encode())
-    for canvas in canvases:
-        about.update(np.ascontiguousarray(canvas).data)
-    done = _done(stamp, about.hexdigest()) if path.exists() else 0
+    path, stamp, about = folder / CACHE, folder / f"{CACHE}.json", _about(learner, canvases, seed)
+    size, views = learner.settings.preprocess.size, learner.latent.cache
+    done = _done(stamp, about) if path.exists() else 0
+    if not done:
+        stamp.unlink(missing_ok=True)
+    shape = (len(canvases), views, *learner.space.shape(size))
     kept = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float16, shape)
     for start in range(done, len(canvases), ROWS):
         part = torch.from_numpy(canvases[start : start + ROWS]).to(learner.levels.device)
-        for view in range(shape[1]):
+        for view in range(views):
             kept[start : start + ROWS, view] = _encoded(learner, part, seed + start, view)
         kept.flush()
         done = min(start + ROWS, len(canvases))
         with whole(stamp) as file:
-            file.write_text(json.dumps({"of": about.hexdigest(), "images": done}))
+            file.write_text(json.dumps({"of": about, "images": done}))
         yield done
     learner.kept = np.load(path, mmap_mode="r")
+
+
+def _about(learner: LatentLearner, canvases: np.ndarray, seed: int) -> str:
+    """A digest of all that decides the latents; the autoencoder counts by its first weights."""
+    s = learner.settings
+    first = learner.space.vae.encoder.conv_in.weight.sum().item()
+    about = (canvases.shape, s.preprocess, s.augmentation, s.latent, seed, first)
+    found = hashlib.sha256(repr(about).encode())
+    for canvas in canvases:
+        found.update(np.ascontiguousarray(canvas).data)
+    return found.hexdigest()
 
 
 def _encoded(learner: LatentLearner, canvases: Tensor, seed: int, view: int) -> np.ndarray:

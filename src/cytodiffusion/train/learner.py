@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from cytodiffusion.diffusion.precondition import NetworkDenoiser
+from cytodiffusion.errors import SettingsError
 from cytodiffusion.types import PIXELS, Space
 
 if TYPE_CHECKING:
@@ -61,6 +62,15 @@ def learned(module: nn.Module) -> dict[str, Float[Tensor, ...]]:
     """Weights by name, without those that are frozen."""
     frozen = {name for name, weight in module.named_parameters() if not weight.requires_grad}
     return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
+def check_names(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+    """Raises SettingsError where weights are not those of a learner."""
+    if strange := sorted(given.keys() ^ own.keys()):
+        raise SettingsError(
+            f"{what} are not of this network: they differ in {len(strange)} ({strange[0]}, ...). Give the "
+            "settings of the run, or another folder to start anew."
+        )
 
 
 def make_learner(settings: TrainSettings, classes: int) -> Learner:

@@ -13,12 +13,13 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from jaxtyping import Int, UInt8
 from torch import Tensor, nn
 
@@ -34,11 +35,11 @@ from cytodiffusion.train.checkpoint import (
     save_checkpoint,
 )
 from cytodiffusion.train.ema import EMA
-from cytodiffusion.train.learner import Batch, learned, make_learner
+from cytodiffusion.train.learner import Batch, check_names, learned, make_learner
 from cytodiffusion.train.settings import TrainSettings, dump_settings, load_settings
-from cytodiffusion.types import Denoiser
 
-Validate = Callable[[Denoiser], dict[str, float]]
+WAIT = timedelta(hours=24)
+Validate = Callable[[NetworkDenoiser], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Run:
                 f"{self.folder} was begun with the classes {', '.join(state['classes'])}. Give images "
                 "of the same classes to go on, or another folder to start anew."
             )
+        check_names(tensors["model"], learned(self.learner), f"The weights in {path}")
         self.learner.load_state_dict(tensors["model"], strict=False)  # what is frozen is not saved
         self.ema.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, self._names(), tensors["optimizer"])
@@ -170,7 +172,10 @@ def take_fitting(learner: nn.Module, start: Mapping[str, Tensor]) -> int:
 def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
     """Devices and processes. Raises SettingsError where the settings do not fit them."""
     try:
-        accelerator = Accelerator(mixed_precision=settings.precision, cpu=device == "cpu")
+        patient = InitProcessGroupKwargs(timeout=WAIT)  # processes wait while one encodes or judges
+        accelerator = Accelerator(
+            mixed_precision=settings.precision, cpu=device == "cpu", kwargs_handlers=[patient]
+        )
     except ValueError as error:
         raise SettingsError(
             f"This device cannot train with precision '{settings.precision}' ({error}). Try "

@@ -46,7 +46,7 @@ class LatentSettings(BaseModel):
         description="folder in diffusers' layout, or owner/name on the hub",
     )
     variant: str | None = Field(None, description="of the weights: fp16, bf16; none for float32")
-    disc: float = Field(20.0, gt=0, description="errors count within this radius, latent pixels")
+    disc: float = Field(20.0, ge=1, description="errors count within this radius, latent pixels")
     lora: int = Field(0, ge=0, description="rank of LoRA; 0 fine-tunes the whole U-Net")
     checkpointing: bool = Field(False, description="less memory, a third more time")
     eight_bit: bool = Field(False, description="states of the optimiser on 8 bits (bitsandbytes)")
@@ -173,6 +173,7 @@ def make_settings(preset: str = "cpu", changes: list[str] | None = None) -> Trai
         name, separator, value = change.partition("=")
         if not separator:
             raise SettingsError(f"'{change}' is not name=value; try for example steps=5000.")
+        _check_kind(name, preset, values)
         place = values
         *outer, last = name.strip().split(".")
         for part in outer:
@@ -186,6 +187,21 @@ def make_settings(preset: str = "cpu", changes: list[str] | None = None) -> Trai
                 f"The value in '{change}' cannot be read; try for example steps=5000."
             ) from error
     return _validated(values, f"preset {preset}")
+
+
+def _check_kind(name: str, preset: str, values: dict[str, Any]) -> None:
+    """Raises SettingsError for a setting of the other kind of network."""
+    part, latent = name.strip().split(".")[0], "latent" in values
+    if part == "latent" and not latent:
+        raise SettingsError(
+            f"'{name}' is a setting of Stable Diffusion's shape, and the preset {preset} trains a compact "
+            "network. Take one of the presets paper-..."
+        )
+    if part == "network" and latent:
+        raise SettingsError(
+            f"'{name}' is a setting of the compact network, and the preset {preset} fine-tunes Stable "
+            "Diffusion's shape. Take the preset cpu or gpu."
+        )
 
 
 def _plain(value: Any) -> Any:
