@@ -884,6 +884,15 @@ def test_train(trained):
     assert np.load(trained.run / "latents.npy", mmap_mode="r").shape == (24, 1, 4, 4, 4)
     card = (trained.bundle / "card.md").read_text()
     assert "U-Net of Stable Diffusion's shape" in card
+    origin = json.loads((trained.bundle / "config.json").read_text())["origin"]
+    assert "/" not in origin["pretrained"]  # a folder's name, not where it lies on this machine
+    assert (
+        origin["pose_error"] > 0.1
+    )  # an autoencoder with random weights does not commute with turns
+    assert (
+        f"| turning latents | differs from encoding the turned cell by {origin['pose_error']}"
+        in card
+    )
     assert (trained.run / "samples" / "000008.png").stat().st_size
     assert (trained.run / "progress.png").stat().st_size
 

@@ -232,7 +232,7 @@ Names single blood cells: {classes}.
 | input | centre {crop:.0%} of the shorter side, at {size} px |
 | data | {data} ({train_images:,} training images) |
 | made by | {recipe}, commit {commit}, seed {seed}, {steps:,} steps{begun} |
-
+{posed}
 ## On the held-out cells it was calibrated on
 
 Five-fold: weights are fitted without the cell that they name. Validation, not test.
@@ -240,6 +240,11 @@ Five-fold: weights are fitted without the cell that they name. Validation, not t
 | budget | passes | balanced accuracy | accuracy | NLL, nats |
 |---|---|---|---|---|
 {rows}
+"""
+
+
+POSED = """\
+| turning latents | differs from encoding the turned cell by {pose_error} of their standard deviation |
 """
 
 
@@ -257,7 +262,8 @@ def make_card(
     shape = {"parameters": parameters / 1e6, "crop": preprocess.crop, "size": preprocess.size}
     start = origin.get("start") or origin.get("pretrained")
     begun = f", begun with the weights of {start}" if start else ""
-    return CARD.format(**words, **shape, **origin, begun=begun)
+    posed = POSED.format(**origin) if "pose_error" in origin else ""
+    return CARD.format(**words, **shape, **origin, begun=begun, posed=posed)
 
 
 def _passes(budget: Budget) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cytodiffusion.train.settings import TrainSettings
 
 
+POSED = 16  # held-out cells on which turning of latents is measured
 UNSAID = "No licence has been stated for {} yet.\n"
 
 
@@ -248,6 +249,19 @@ def first_weights(start: str, classes: Sequence[str]) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if not name.startswith(others)}
 
 
+def latent_facts(run: Run, held: Pixels) -> dict[str, Any]:
+    """What a fine-tuned network began with, and what it costs to turn latents in place of cells."""
+    from cytodiffusion.data.images import to_tensor
+    from cytodiffusion.data.transforms import POSES
+    from cytodiffusion.networks.latent import LatentSpace, pose_error
+
+    latent, space = run.settings.latent, run.learner.space
+    if latent is None or not isinstance(space, LatentSpace):
+        return {}
+    worst = pose_error(space, to_tensor(held.images[:POSED]), POSES).max()
+    return {"pretrained": _source(latent.start), "pose_error": round(float(worst), 3)}
+
+
 def _source(start: str) -> str:
     """A name on the hub, or that of a folder: paths of a machine are no one's business."""
     return Path(start).resolve().name if Path(start).exists() else start
@@ -283,7 +297,7 @@ def write_bundle(
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
         **{"steps": run.step, "train_images": len(run.data.labels), "val_sha256": held.sha256},
-        **({"pretrained": _source(settings.latent.start)} if settings.latent else {}),
+        **latent_facts(run, held),
         **origin,
     }
     parameters = sum(weight.numel() for weight in denoiser.parameters())
