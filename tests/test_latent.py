@@ -32,6 +32,7 @@ from cytodiffusion.classify.draws import standard_normal
 from cytodiffusion.classify.evidence import DenoiserMeter, disc
 from cytodiffusion.classify.fit import Plan
 from cytodiffusion.classify.race import PaperRace, paper_draws, paper_weight
+from cytodiffusion.cli.console import cores, threads
 from cytodiffusion.cli.train import first_weights
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES, Augmentation
@@ -1088,3 +1089,12 @@ def test_noise_levels_grow_with_the_space():
     plain, latent = middle_draws(), middle_draws(scale=2.0)
     np.testing.assert_allclose(latent.sigmas, 2 * plain.sigmas, rtol=1e-6)
     np.testing.assert_allclose(spread_trials(0, 2.0).sigmas, 2 * spread_trials(0).sigmas, rtol=1e-6)
+
+
+def test_a_network_on_latents_has_a_gpu_for_itself(trained):
+    model = bundles.load(trained.bundle)
+    assert threads(model) == cores()
+    assert model.classifier.measurement("full").most is None
+    model.classifier.device = torch.device("cuda")  # nothing is computed there
+    assert threads(model) == 1
+    assert model.classifier.measurement("full").most == 1

@@ -13,11 +13,14 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from cytodiffusion.errors import SettingsError
+
+if TYPE_CHECKING:
+    from cytodiffusion.bundle import Model
 
 T = TypeVar("T")
 NOTICE = "Research use only. Not a medical device; not for diagnosis."
@@ -191,6 +194,16 @@ def read_prior(words: str, classes: Sequence[str]) -> tuple[float, ...] | None:
             f"unknown or not positive: {', '.join(map(str, [*wrong, *bad]))}."
         )
     return tuple(float(shares[name]) for name in classes)
+
+
+def threads(model: Model) -> int:
+    """Threads that use a model at a time: a network on latents fills a GPU by itself."""
+    import torch
+
+    from cytodiffusion.types import PIXELS
+
+    on_gpu = torch.device(model.classifier.device).type != "cpu"
+    return 1 if on_gpu and model.space is not PIXELS else cores()
 
 
 def cores() -> int:

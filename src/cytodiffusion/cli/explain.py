@@ -22,8 +22,8 @@ from cytodiffusion.cli.console import (
     ModelName,
     Out,
     Seed,
-    cores,
     pick_device,
+    threads,
 )
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _run(work: Work, samples: Sequence[Sample], out: Path, console: Console) -> 
     torch.set_num_threads(1)  # each of the workers has a core
     rows, before = list[Row](), 0
     console.start()
-    with writing_to(out), ThreadPoolExecutor(cores()) as pool:
+    with writing_to(out), ThreadPoolExecutor(threads(work.model)) as pool:
         for start in range(0, len(samples), GROUP):
             some = samples[start : start + GROUP]
             for done, (item, told) in enumerate(pool.map(_task(work, out), some), start + 1):

@@ -21,8 +21,8 @@ from cytodiffusion.cli.console import (
     ModelName,
     Out,
     Seed,
-    cores,
     pick_device,
+    threads,
 )
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _measure(
     torch.set_num_threads(1)  # each of the workers has a core
     found, before = list[Told](), 0
     console.start()
-    with writing_to(out / "measured"), ThreadPoolExecutor(cores()) as pool:
+    with writing_to(out / "measured"), ThreadPoolExecutor(threads(work.model)) as pool:
         tasks = pool.map(work.cell, samples, classes, [out] * len(samples))
         for done, (path, told) in enumerate(tasks, start=1):
             if "problem" in told:

@@ -16,8 +16,8 @@ from cytodiffusion.cli.console import (
     ModelName,
     Out,
     Seed,
-    cores,
     pick_device,
+    threads,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def generate(
         console.note(f"{before:,} cells are already in {out}; going on with the rest.")
     console.start()
     began, done = time.monotonic(), before
-    for files in draw_all(loaded, missing, drawing, cores()):
+    for files in draw_all(loaded, missing, drawing, threads(loaded)):
         folder.add(files)
         done += len(files)
         console.progress("drawing", done, len(cells), "cells", before=before)
