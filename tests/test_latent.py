@@ -40,6 +40,7 @@ from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.diffusion.noise import karras_sigmas
 from cytodiffusion.errors import MissingExtra, ModelError, SettingsError
 from cytodiffusion.evaluate.anomaly import spread_trials
+from cytodiffusion.evaluate.cost import procedure
 from cytodiffusion.explain.counterfactual import Settings, measure, redraw
 from cytodiffusion.networks import latent as latent_networks
 from cytodiffusion.networks.exact import GaussianWorld
@@ -754,6 +755,22 @@ def test_errors_of_a_race_are_those_of_diffusers():
         p = 0.92706 + 9.83654 * tau - 4.68406 * tau**2 + 6.01854 * tau**3 - 9.33979 * tau**4
         weighted = found[trial] * paper_weight(race.draws.sigmas)[trial]
         np.testing.assert_allclose(weighted, losses / p, rtol=5e-3)
+
+
+def test_the_published_procedure_encodes_each_view_anew():
+    """`bench cost` draws turn and jitter of the cell itself: errors of its encoded views, by hand."""
+    net = LatentNetwork(folded(unet(), K), K, Schedule()).denoiser().eval()
+    race, space, meter = PaperRace(paper_draws(3)), LatentSpace(vae()), DenoiserMeter(net)
+    work, _ = procedure(paper_classifier(meter, space, K, race), "paper")
+    image = to_tensor(cells(1, size=16).canvases[:1])
+    found = work.measure(meter, image, ["digest"])[0, :, :K]
+    plain = [space.encode(view(image)) for view in work.poses]
+    assert (plain[0] - plain[1]).abs().max() > 0.1  # every trial has a view of its own
+    for trial, (clean, sigma) in enumerate(zip(plain, work.draws.sigmas, strict=True)):
+        noise = standard_normal((4, 4, 4), 0, "digest", trial)[None]
+        with torch.no_grad():
+            wanted = meter(clean, noise, torch.tensor([sigma]), torch.arange(K)[None])[0]
+        np.testing.assert_allclose(found[trial], wanted.numpy(), rtol=1e-4)
 
 
 def test_eight_classes_that_are_told_apart_cost_168_passes():

@@ -42,7 +42,7 @@ class Cell:
     """One cell in the pool: what has been measured of it, and which labels are still in."""
 
     index: int
-    image: Float[Tensor, "c h w"]  # in the space where noise is added
+    image: Float[Tensor, "c h w"]  # in the space where noise is added, or before it (`anew`)
     digest: str
     errors: Float[np.ndarray, "t k"]  # NaN: not computed
     alive: Bool[np.ndarray, " k"]
@@ -77,7 +77,8 @@ class Measurement:
     otherwise every living (cell, label) pair is a pass of its own, and "any cell", which is only
     compared with all classes, leaves with the first of them. Both give the same. `space` is where noise
     is added. With `shared`, all labels of a cell are asked for in one call as long as all are in, so that
-    a network can share work between them; at most `most` threads measure at a time.
+    a network can share work between them; at most `most` threads measure at a time. A cell is encoded once
+    and its latents are posed; with `anew`, the cell itself is posed, and encoded in every trial.
     """
 
     draws: Draws
@@ -90,6 +91,7 @@ class Measurement:
     space: Space = PIXELS
     shared: bool = False
     most: int | None = None
+    anew: bool = False
 
     def stream(
         self,
@@ -156,9 +158,10 @@ class Measurement:
         errors = np.full((len(self.draws), self.columns), np.nan, dtype=np.float32)
         alive = np.ones(self.columns, dtype=bool)
         alive[-1] = self.anyone
-        with torch.inference_mode():
-            encoded = self.space.encode(image[None])[0]
-        return Cell(index, encoded, digest, errors, alive)
+        if not self.anew:
+            with torch.inference_mode():
+                image = self.space.encode(image[None])[0]
+        return Cell(index, image, digest, errors, alive)
 
     @torch.inference_mode()
     def _run_trial(self, meter: Meter, pool: list[Cell]) -> None:
@@ -179,10 +182,12 @@ class Measurement:
             cell.trials += 1
 
     def _posed(self, trial: int, cells: list[Cell]) -> Float[Tensor, "n c h w"]:
-        return self.poses[self.draws.trials[trial].pose](torch.stack([c.image for c in cells]))
+        posed = self.poses[self.draws.trials[trial].pose](torch.stack([c.image for c in cells]))
+        return self.space.encode(posed) if self.anew else posed
 
     def _noise(self, trial: int, cells: list[Cell]) -> Float[Tensor, "n c h w"]:
         shape = tuple(cells[0].image.shape)
+        shape = self.space.shape(shape[-1]) if self.anew else shape
         return self.draws.noise(trial, [cell.digest for cell in cells], shape)
 
     def _calls(

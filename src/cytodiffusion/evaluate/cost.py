@@ -41,6 +41,7 @@ from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, perce
 from cytodiffusion.evaluate.metrics import balanced_accuracy
 from cytodiffusion.evaluate.report import fill
 from cytodiffusion.evaluate.views import PaperView
+from cytodiffusion.types import PIXELS
 
 PROCEDURES = (
     "paper", "paper as shipped", "paper in one pass", "full", "balanced", "fast", "race",
@@ -88,7 +89,11 @@ def procedure(classifier: Classifier, name: str) -> tuple[Measurement, Budget]:
     draws = Draws(trials, race.draws.seed)
     shipped, together = name == "paper as shipped", name == "paper in one pass"
     views = tuple(PaperView(draws.seed, i, shipped) for i in range(len(trials)))
-    return replace(measurement, draws=draws, poses=views, together=together, anyone=False), budget
+    latent = classifier.space is not PIXELS
+    work = replace(
+        measurement, draws=draws, poses=views, together=together, anyone=False, anew=latent
+    )
+    return work, budget
 
 
 def run(
