@@ -60,20 +60,28 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def optimizer_tensors(optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """State of an optimiser as 'parameter/quantity' -> tensor; `names` in its parameter order."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{names[index]}/{key}": torch.as_tensor(value)
-        for index, values in state.items()
-        for key, value in values.items()
-    }
+    """State of an optimiser as 'parameter/quantity' -> tensor; `names` in its parameter order.
+
+    Optimisers of 8 bits keep quantities in groups: 'parameter/group/quantity'.
+    """
+    found: dict[str, Tensor] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for key, value in values.items():
+            group = {key: value}
+            if isinstance(value, dict):  # parameters share some of these, a file may not
+                group = {f"{key}/{n}": torch.as_tensor(v).clone() for n, v in value.items()}
+            found |= {f"{names[index]}/{n}": torch.as_tensor(v) for n, v in group.items()}
+    return found
 
 
 def load_optimizer(optimizer: Optimizer, names: list[str], saved: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in saved.items():
-        name, quantity = key.rsplit("/", 1)
-        state.setdefault(names.index(name), {})[quantity] = value
+        name, *groups, quantity = key.split("/")
+        place = state.setdefault(names.index(name), {})
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[quantity] = value
     whole = optimizer.state_dict()
     optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
