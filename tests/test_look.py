@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers import cli, write_discs
 from PIL import Image
@@ -168,6 +169,44 @@ def test_a_wrong_match_writes_nothing(tmp_path: Path, words: list[str]) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def frames(folder: Path, count: int, scale: float, light: float) -> Path:
+    """Frames of PBC's look, their cells `scale` times as large and `light` times as bright."""
+    folder.mkdir()
+    for i in range(count):
+        cell = frame(100 + i, 100, scale * 84, scale * 54, neighbours=())
+        bright = np.asarray(cell) * np.array(Look().light) / FIELD * light
+        Image.fromarray(bright.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("count", "scale", "light", "words", "same_as"),
+    [
+        (8, 1.0, 1.0, [], "nothing"),
+        (8, 1.2, 0.97, [], "nothing"),  # a batch of monocytes, a lamp a little dimmer
+        (8, 0.5, 1.0, [], "nothing"),  # platelets
+        (8, 1.6, 1.0, [], "scale"),
+        (8, 1.0, 0.8, [], "light"),
+        (8, 1.6, 0.8, [], "light,scale"),
+        (8, 1.6, 0.8, ["--crop", "0.7"], "light"),  # what is given stays
+        (7, 1.6, 0.8, [], "nothing"),  # too few to tell
+    ],
+)
+def test_frames_that_look_different_are_matched_unasked(
+    tmp_path: Path, count: int, scale: float, light: float, words: list[str], same_as: str
+) -> None:
+    cells = frames(tmp_path / "in", count, scale, light)
+    rows = []
+    for name, more in (("auto", []), ("asked", ["--match", same_as])):
+        told = cli("predict", cells, "-o", tmp_path / name, "--device", "cpu", *words, *more)
+        assert told.code == 0, told.err
+        rows.append(pq.read_table(tmp_path / name / "predictions.parquet").to_pylist())
+        if name == "auto":
+            assert ("differ from those" in told.err) == (same_as != "nothing")
+    for auto, asked in zip(*rows, strict=True):
+        assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
+
+
 def real(folder: Path, each: int) -> list[Sample]:
     """A few cells of each class, evenly spread."""
     if not folder.is_dir():
@@ -217,6 +256,22 @@ def test_matching_is_said_and_kept(data_root: Path, tmp_path: Path) -> None:
     told = cli(*words, "--match", "light,scale")
     assert told.code == 0, told.err
     assert "--match scale: --crop 0." in told.err
-    again = cli(*words)
+    again = cli(*words, "--match", "nothing")
     assert again.code == 2
     assert "light" in again.complaint
+    auto = cli(*words)  # sees the same need, so it is the same request
+    assert auto.code == 0, auto.err
+    assert "1.5 times as large" in auto.err
+
+
+@pytest.mark.real
+def test_nothing_is_matched_at_home(data_root: Path, tmp_path: Path) -> None:
+    """Every class of PBC alone, the smallest and the largest nuclei among them."""
+    for folder in sorted(path for path in (data_root / "pbc").iterdir() if path.is_dir()):
+        cells = tmp_path / folder.name
+        cells.mkdir()
+        for path in sorted(folder.iterdir())[::200]:
+            (cells / path.name).write_bytes(path.read_bytes())
+        told = cli("predict", cells, "-o", tmp_path / "out" / folder.name, "--device", "cpu")
+        assert told.code == 0, told.err
+        assert "differ" not in told.err

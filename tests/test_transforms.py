@@ -116,6 +116,7 @@ def test_zero_settings_change_nothing():
         {"contrast": 0.2},
         {"hue": 0.1},
         {"stain": 0.2},
+        {"light": 0.2},
         {"blur": 1.0},
         {"noise": 1.0},
     ],
@@ -184,6 +185,28 @@ def test_white_stays_white():
     white = torch.ones(1, 3, 2, 2)
     settings = NOTHING.model_copy(update={"stain": 0.5})
     torch.testing.assert_close(change_stain(white, settings, seed()), white)
+
+
+def test_light_adds_one_density_to_each_colour():
+    settings = NOTHING.model_copy(update={"light": 0.1})
+    soft = IMAGE * 0.3
+    changed = change_stain(soft, settings, seed(6))
+    added = (((soft + 1) / 2).log() - ((changed + 1) / 2).log()).flatten(2)
+    torch.testing.assert_close(added, added[..., :1].expand_as(added))
+    assert added[..., 0].unique().numel() == 6  # of its own for each image and colour
+
+
+def test_far_makes_the_changes_of_a_share_three_times_as_large():
+    near = NOTHING.model_copy(update={"brightness": 0.02})
+    far = near.model_copy(update={"far": 0.25})
+    grey = torch.zeros(4000, 3, 1, 1)
+
+    def spread(settings: Augmentation) -> float:
+        return float(change_stain(grey, settings, seed())[:, 0].std())
+
+    assert spread(near) == pytest.approx(0.02, rel=0.05)
+    assert spread(far) == pytest.approx(0.02 * (0.75 + 0.25 * 9) ** 0.5, rel=0.05)
+    assert spread(near.model_copy(update={"far": 1.0})) == pytest.approx(0.06, rel=0.05)
 
 
 def test_contrast_keeps_the_mean_and_brightness_the_differences():

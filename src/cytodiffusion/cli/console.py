@@ -54,7 +54,8 @@ Match = Annotated[
     typer.Option(
         "--match",
         help="Bring images of white cells to the look of those the model was trained on: light, scale "
-        "(one crop for all, from the size of their nuclei), or light,scale.",
+        "(one crop for all, from the size of their nuclei), light,scale or nothing. auto: what is "
+        "needed where 8 white cells or more clearly look different; it says so.",
     ),
 ]
 Coverage = Annotated[float, typer.Option("--coverage", help="Of the conformal sets.")]

@@ -47,7 +47,7 @@ def evaluate(
     classes: Annotated[str | None, typer.Option(help="Restrict the answers: A,B,...")] = None,
     budget: Budget = "balanced",
     crop: Crop = None,
-    match: Match = "nothing",
+    match: Match = "auto",
     coverage: Coverage = 0.95,
     sets: Sets = "all",
     prior: Prior = "training",

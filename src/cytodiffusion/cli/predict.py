@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.predictions import Request, Row
 
+GLANCE = 32  # images by which it is seen whether frames differ from those of training
+CLEAR = 8  # white cells that must be found in them
+
 
 def predict(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Images, in any form it reads.")],
@@ -41,7 +44,7 @@ def predict(
     model: ModelName = "pbc8",
     budget: Budget = "balanced",
     crop: Crop = None,
-    match: Match = "nothing",
+    match: Match = "auto",
     coverage: Coverage = 0.95,
     sets: Sets = "all",
     prior: Prior = "training",
@@ -70,7 +73,7 @@ def predict(
     )
     rows = name_all(loaded, samples, request, out, console)
     call = f"cytodiffusion predict {source} -m {model} -o {out} --budget {budget}"
-    call += f" --match {match}" if match != "nothing" else ""
+    call += f" --match {match}" if match != "auto" else ""
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
     finish(rows, out, console)
 
@@ -83,9 +86,13 @@ def matching(
     from cytodiffusion.data.look import crop_for
     from cytodiffusion.errors import SettingsError
 
+    if match == "auto":
+        return _glance(crop, samples, model, console)
     words = {word.strip() for word in match.split(",")} - {"nothing"}
     if words - {"light", "scale"}:
-        raise SettingsError(f"--match {match} is not one of: nothing, light, scale, light,scale.")
+        raise SettingsError(
+            f"--match {match} is not one of: auto, nothing, light, scale, light,scale."
+        )
     if "scale" in words:
         if crop is not None:
             raise SettingsError("--crop and --match scale both set the scale; give one of them.")
@@ -93,6 +100,35 @@ def matching(
         crop = crop_for(model.preprocess.crop, look, model.preprocess.look)
         console.note(f"--match scale: --crop {crop}, from the nuclei in {seen} images.")
     return "light" in words, crop
+
+
+def _glance(
+    crop: float | None, samples: Sequence[Sample], model: Model, console: Console
+) -> tuple[bool, float | None]:
+    """As `matching`: what the frames need, by a glance at some of them; nothing where that is not clear."""
+    from cytodiffusion.data.load import look_of
+    from cytodiffusion.data.look import crop_for, larger_cells, other_light
+    from cytodiffusion.errors import DataError
+
+    there = model.preprocess.look
+    try:
+        look, seen = look_of(samples, GLANCE)
+    except DataError:
+        return False, crop  # no white cell in them
+    if seen < CLEAR:
+        return False, crop
+    told, light = [], other_light(look, there)
+    if light:
+        told.append("light brought to that of training")
+    if crop is None and larger_cells(look, there):
+        crop = crop_for(model.preprocess.crop, look, there)
+        told.append(f"nuclei {look.nucleus / there.nucleus:.1f} times as large: --crop {crop}")
+    if told:
+        console.note(
+            f"These frames differ from those that {model.name} was trained on: {'; '.join(told)}. "
+            "--match nothing takes them as they are."
+        )
+    return light, crop
 
 
 def name_all(
@@ -149,6 +185,8 @@ def report(
         "model": model.name,
         "budget": request.budget,
         "asked coverage of the sets": request.coverage,
+        "crop": request.preprocess(model).crop,
+        "brought to the model's": request.preprocess(model).match,
         "command": call,
     }
     write_report(

@@ -54,12 +54,12 @@ def _batched(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]
         yield samples[start : start + size]
 
 
-def look_of(samples: Sequence[Sample]) -> tuple[Look, int]:
-    """Look of a batch, from up to `FRAMES` of its images, and in how many of them a cell was found.
+def look_of(samples: Sequence[Sample], frames: int = FRAMES) -> tuple[Look, int]:
+    """Look of a batch, from up to `frames` of its images, and in how many of them a cell was found.
 
     Images that cannot be read are passed over. Raises DataError where no cell is found.
     """
-    chosen = samples[:: -(-len(samples) // FRAMES)]
+    chosen = samples[:: -(-len(samples) // frames)]
     return measure_look(image for sample in chosen if (image := _decoded(sample)) is not None)
 
 

@@ -25,6 +25,9 @@ from cytodiffusion.errors import DataError
 Colour = tuple[float, float, float]
 Match = Literal["nothing", "light", "stain"]
 
+LIGHT = 0.05  # optical density; single frames of PBC lie within 0.01 of each other
+LARGER = 1.35  # nuclei of monocytes, the largest of any class, are 1.27 times the median of PBC
+
 
 class Look(BaseModel):
     """Medians over frames. The defaults are those of the white cells of PBC's train split."""
@@ -63,6 +66,20 @@ def crop_for(crop: float, here: Look, there: Look) -> float:
     By the nuclei, whose size is measured more steadily than the cells', and varies less with class.
     """
     return round(crop * here.nucleus / there.nucleus, 3)
+
+
+def other_light(here: Look, there: Look) -> bool:
+    """Whether the empty field clearly has another colour: by more than `LIGHT` in optical density."""
+    apart = np.log(np.array(here.light) / np.array(there.light))
+    return bool(np.abs(apart).max() > LIGHT)
+
+
+def larger_cells(here: Look, there: Look) -> bool:
+    """Whether cells are larger in the frame than any class of them can make the median.
+
+    Smaller ones are left alone: they may be platelets.
+    """
+    return here.nucleus > LARGER * there.nucleus
 
 
 def _median(colours: Iterable[Colour]) -> Colour:

@@ -41,6 +41,9 @@ class Pose:
 POSES = tuple(Pose(mirror, turns) for mirror in (False, True) for turns in range(4))
 
 
+FAR = 3  # a share of the images imitates laboratories that differ this much more
+
+
 class Augmentation(BaseModel):
     """How far training images are moved and stained. Zero switches a change off."""
 
@@ -54,6 +57,10 @@ class Augmentation(BaseModel):
     contrast: float = Field(0.10, ge=0, description="std of ln contrast")
     hue: float = Field(0.03, ge=0, description="std of the turn of hue, turns of the colour wheel")
     stain: float = Field(0.10, ge=0, description="std of ln gain of each dye (HED)")
+    light: float = Field(0.0, ge=0, description="std of the density added to each colour")
+    far: float = Field(
+        0.0, ge=0, le=1, description=f"share whose colours change {FAR} times as much"
+    )
     blur: float = Field(0.1, ge=0, le=1, description="share of images that are blurred")
     noise: float = Field(0.1, ge=0, le=1, description="share of images with camera noise")
 
@@ -131,21 +138,35 @@ HED = functional.normalize(
 def change_stain(
     images: Tensor, settings: Augmentation, generator: torch.Generator
 ) -> Float[Tensor, "n 3 h w"]:
-    """Random gain of each dye, turn of hue, contrast and brightness."""
+    """Random gain of each dye, colour of the light, turn of hue, contrast and brightness."""
     n = len(images)
-    if settings.stain:
+    reach = _reach(n, settings.far, generator)
+    if settings.stain or settings.light:
         density = -((images + 1) / 2).clamp(min=1 / 255).log()
-        gain = (settings.stain * _normal(generator, n, 3)).exp()
+        gain = (settings.stain * reach * _normal(generator, n, 3)).exp()
         dyes = HED.to(images)
         mix = torch.linalg.inv(dyes) @ (gain[:, :, None] * dyes)
         density = torch.einsum("nchw,ncd->ndhw", density, mix)
+        if settings.light:
+            density = (
+                density + (settings.light * reach * _normal(generator, n, 3))[:, :, None, None]
+            )
         images = 2 * (-density).exp() - 1
     if settings.hue:
-        images = turn_hue(images, settings.hue * _normal(generator, n))
-    contrast = (settings.contrast * _normal(generator, n, 1, 1, 1)).exp()
-    light = settings.brightness * _normal(generator, n, 1, 1, 1)
+        images = turn_hue(images, settings.hue * reach[:, 0] * _normal(generator, n))
+    each = reach[:, :, None, None]
+    contrast = (settings.contrast * each * _normal(generator, n, 1, 1, 1)).exp()
+    brighter = settings.brightness * each * _normal(generator, n, 1, 1, 1)
     mean = images.mean((2, 3), keepdim=True)
-    return ((images - mean) * contrast + mean + light).clamp(-1, 1)
+    return ((images - mean) * contrast + mean + brighter).clamp(-1, 1)
+
+
+def _reach(count: int, far: float, generator: torch.Generator) -> Float[Tensor, "n 1"]:
+    """How many times the usual change of colour each image gets: 1, or FAR for a share of them."""
+    if not far:
+        return torch.ones(count, 1, device=generator.device)
+    chosen = torch.rand(count, 1, generator=generator, device=generator.device) < far
+    return torch.where(chosen, float(FAR), 1.0)
 
 
 def turn_hue(images: Tensor, turns: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:

@@ -119,7 +119,7 @@ PAPER: dict[str, Any] = {
     "latent": {},
     "preprocess": {"size": 360, "crop": 1.0},
     "augmentation": {
-        "affine": 1.0, "zoom": 0.0, "shift": 0.0, "stain": 0.0, "blur": 0.0, "noise": 0.0,
+        "affine": 1.0, "zoom": 0.0, "shift": 0.0, "stain": 0.0, "light": 0.0, "blur": 0.0, "noise": 0.0,
         "brightness": 0.14, "contrast": 0.14, "hue": 0.07,
     },
     "batch": 10, "balance": 0.0, "learning_rate": 1e-5, "warmup": 0, "cooldown": 0.0,
