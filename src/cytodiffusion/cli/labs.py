@@ -291,7 +291,7 @@ def ask(bench: Bench, baseline: Baseline, lab: Lab, step: Step) -> Told:
     from cytodiffusion.data.images import to_tensor
     from cytodiffusion.data.load import load_images
     from cytodiffusion.errors import DataError
-    from cytodiffusion.evaluate.shift import Told, preprocesses
+    from cytodiffusion.evaluate.shift import Told, adapted, preprocesses
 
     began = time.perf_counter()
     (preprocess,) = preprocesses(step, baseline.preprocess, lab.look)
@@ -300,7 +300,7 @@ def ask(bench: Bench, baseline: Baseline, lab: Lab, step: Step) -> Told:
     if not rows:
         raise DataError(f"None of the images of {lab.name} could be read. Try: data check.")
     images = to_tensor(np.stack([item.pixels for item in items if item.pixels is not None]))
-    told = baseline.predict_proba(images)
+    told = adapted(np.log(baseline.predict_proba(images).clip(1e-30)), step)
     return Told(np.array(lab.truth)[rows], told, 1.0, time.perf_counter() - began)
 
 

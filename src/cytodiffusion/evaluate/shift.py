@@ -57,6 +57,7 @@ STEPS = {
     "scale": Step(scale="batch"),
     "levels": Step(middle=True),
     "light + scale": Step("light", "batch"),
+    "light + scale + centre": Step("light", "batch", adapt="centre"),
     "chosen": CHOSEN,
     "chosen + prior": replace(CHOSEN, adapt="prior"),
     "chosen + centre": replace(CHOSEN, adapt="centre"),
@@ -64,7 +65,7 @@ STEPS = {
     "chosen + each": replace(CHOSEN, scale="each"),
     "chosen + zooms": replace(CHOSEN, zooms=(0.87, 1.0, 1.15)),
 }
-FOR_BASELINES = ("as trained", "light + scale")  # the others are about noise
+FOR_BASELINES = ("as trained", "light + scale", "light + scale + centre")  # the others: about noise
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,18 @@ def read(
 ) -> Told:  # fmt: skip
     """Probabilities of the classes of `answers`. `temperature`: of middle noise levels, from home."""
     found = logits(classifier, step, measured, answers) / (temperature if step.middle else 1.0)
-    told = softmax(centred(found) if step.adapt == "centre" else found, axis=1)
-    if step.adapt == "prior":
-        even = np.full(len(answers), 1 / len(answers))
-        told = change_prior(told, em_prior(told, even) / even)
+    told = adapted(found, step)
     passes = sum(spent(one, classifier.together) for one in measured)
     return Told(measured[0].truth, told, passes, sum(one.seconds for one in measured))
+
+
+def adapted(logits: Float[np.ndarray, "n k"], step: Step) -> Float[np.ndarray, "n k"]:
+    """Probabilities from the logits of a batch."""
+    told = softmax(centred(logits) if step.adapt == "centre" else logits, axis=1)
+    if step.adapt != "prior":
+        return told
+    even = np.full(told.shape[1], 1 / told.shape[1])
+    return change_prior(told, em_prior(told, even) / even)
 
 
 def home_temperature(
