@@ -286,12 +286,18 @@ def test_the_bench(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     again = bench(made, tmp_path, "--features", "baseline", "--json")
     assert again.err.count("before") == 2
     assert again.json == found
+    (judge,) = (tmp_path / "classifiers").iterdir()
+    given = bench(made, tmp_path / "given", "--baseline", judge, "--json")
+    assert "independent classifier" not in given.err  # it is not trained anew
+    assert given.json["agreement"] == found["agreement"]
+    assert "that was trained before, on 42 images" in (tmp_path / "given/report.html").read_text()
 
 
 def test_wrong_calls_write_nothing(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     for words, said in (
         (["--split", "nonsense"], "nonsense"),
         (["--features", tmp_path], "no network"),
+        (["--baseline", tmp_path], "no baseline"),
     ):
         told = bench(made, tmp_path / "out", *words)
         assert told.code == 2

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cytodiffusion.evaluate.baselines import Kind
+    from cytodiffusion.bundle import Model
+    from cytodiffusion.evaluate.baselines import Baseline, Kind
 
 
 def find_kinds(text: str) -> list[Kind]:
@@ -24,6 +25,20 @@ def find_kinds(text: str) -> list[Kind]:
             )
     library()  # now, not after hours
     return [kind for kind in KINDS if kind in names]
+
+
+def load_baseline(folder: Path, model: Model) -> Baseline:
+    """Raises ModelError for one that does not see the same images and know the same classes."""
+    from cytodiffusion.errors import ModelError
+    from cytodiffusion.evaluate.baselines import Baseline
+
+    if not (folder / "baseline.json").is_file():
+        raise ModelError(f"{folder} is no baseline: it has no baseline.json.")
+    found = Baseline.load(folder, str(model.classifier.device))
+    same = found.preprocess.size == model.preprocess.size, found.classes == model.classes
+    if not all(same):
+        raise ModelError(f"The baseline {folder} has another image size or other classes.")
+    return found
 
 
 def read_counts(text: str, least: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cytodiffusion.cli.benches import load_baseline
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -76,7 +77,7 @@ def faithful(
     loaded = load(model, pick_device(device), engine)
     names = loaded.classes.names
     words = Words.read(attributes, names, loaded.taxonomy) if attributes else None
-    other = _baseline(baseline, loaded) if baseline else None
+    other = load_baseline(baseline, loaded) if baseline else None
     console.note(NOTICE)
     work = Work(loaded, Settings(seed=seed), words, other, crop)
     samples, classes = _samples(work, source, splits, split, limit, seed)
@@ -99,20 +100,6 @@ def faithful(
     console.result(values | facts, "\n".join([*_lines(values), f"See {out}."]))
     if console.unread:
         raise typer.Exit(1)
-
-
-def _baseline(folder: Path, model: Model) -> Baseline:
-    """Raises ModelError for one that does not see the same images and know the same classes."""
-    from cytodiffusion.errors import ModelError
-    from cytodiffusion.evaluate.baselines import Baseline
-
-    if not (folder / "baseline.json").is_file():
-        raise ModelError(f"{folder} is no baseline: it has no baseline.json.")
-    found = Baseline.load(folder, str(model.classifier.device))
-    same = found.preprocess.size == model.preprocess.size, found.classes == model.classes
-    if not all(same):
-        raise ModelError(f"The baseline {folder} has another image size or other classes.")
-    return found
 
 
 def _samples(

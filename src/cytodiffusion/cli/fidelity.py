@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cytodiffusion.cli.benches import digest_of
+from cytodiffusion.cli.benches import digest_of, load_baseline
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -65,6 +65,13 @@ def fidelity(
     train_split: Annotated[
         str, typer.Option(help="Real cells that the model was trained on.")
     ] = "train",
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with the baseline.json of a classifier of the same classes, to name the cells "
+            "instead of one trained here."
+        ),
+    ] = None,
     features: Annotated[
         str,
         typer.Option(help="trunk, baseline, or a folder with a pretrained network (DINOv2, ...)."),
@@ -98,6 +105,7 @@ def fidelity(
     console = Console(json)
     library()  # a missing one is said now
     loaded = load(model, pick_device(device), engine="torch")
+    other = load_baseline(baseline, loaded) if baseline else None
     settings = BaselineSettings(minutes=None if steps else minutes, steps=steps, seed=seed)
     extractor = None if features == "baseline" else _extractor(features, loaded)
     listed = _listed(drawn, source, splits, (split, train_split))
@@ -109,12 +117,16 @@ def fidelity(
     rows = matched(forged.labels, real.labels, seed)
     both = forged.rows(rows[0]), real.rows(rows[1])
 
-    judge = _independent(loaded, training, settings, out, console)
+    judge = other or _independent(loaded, training, settings, out, console)
     cells = {"drawn": len(forged.names), "real": len(real.names), "matched": len(rows[0]),
              "training": len(training.names)}  # fmt: skip
     results: dict[str, Any] = {
         "cells": cells,
-        "independent": {"classifier": settings.kind, **judge.trained},
+        "independent": {
+            "classifier": judge.settings.kind,
+            "given": other is not None,
+            **judge.trained,
+        },
         "agreement": _agreement(loaded, judge, forged, real),
     }
     results["real_or_drawn"] = _authentic(both, settings, out, device, console)
@@ -125,7 +137,8 @@ def fidelity(
     pixels = _nearest_pixels(both, training, console)
     results["copies"] = _copies({"pixels": pixels, "features": near})
 
-    given = {"--splits": splits, "--steps": steps, "--minutes": None if steps else minutes}
+    given = {"--splits": splits, "--baseline": baseline, "--steps": steps,
+             "--minutes": None if steps else minutes}  # fmt: skip
     words: list[object] = ["cytodiffusion", "bench", "fidelity", drawn, source, "-o", out]
     words += ["-m", model, "--split", split, "--train-split", train_split, "--features", features]
     words += [part for pair in given.items() if pair[1] is not None for part in pair]
