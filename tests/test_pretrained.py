@@ -346,6 +346,14 @@ def test_the_shape_of_stable_diffusion_xl():
     assert "first block must have cross-attention" in first
 
 
+def test_another_shape_is_refused_before_its_weights_are_read(copy):
+    """Those of Stable Diffusion XL are 10 GB."""
+    change_config(copy / "unet" / "config.json", addition_embed_type="text_time")
+    for file in copy.rglob("*.safetensors"):
+        file.unlink()
+    assert "addition_embed_type" in complaint(copy)
+
+
 @pytest.mark.parametrize("changes", [
     {"class_embed_type": "timestep"}, {"encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"},
 ], ids=str)  # fmt: skip

@@ -23,7 +23,13 @@ from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.errors import ModelError, OutputError, SettingsError
 from cytodiffusion.train import loop
-from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cytodiffusion.train.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_checkpoint,
+)
 from cytodiffusion.train.ema import EMA
 from cytodiffusion.train.loop import (
     Progress,
@@ -494,3 +500,30 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         Run(tmp_path / "b", wide, cells(), "cpu", start)
     with pytest.raises(ModelError, match="no model"):
         first_weights(str(tmp_path / "nothing"), cells().classes)
+
+
+class InGroups(torch.optim.SGD):
+    """Keeps its state as optimisers of 8 bits do: some of it in a group."""
+
+    def put(self, values: list[float]) -> None:
+        for parameter, value in zip(self.param_groups[0]["params"], values, strict=True):
+            state = {
+                "step": 3,
+                "group": {"mean": torch.full((2,), value), "codes": torch.arange(2)},
+            }
+            self.state[parameter] = state
+
+
+def test_state_in_groups_is_saved_and_put_back(tmp_path: Path) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    one, other = InGroups(parameters), InGroups(parameters)
+    one.put([1.0, 2.0])
+    taken = {"optimizer": optimizer_tensors(one, ["a", "b.c"])}
+    assert set(taken["optimizer"]) >= {"a/step", "a/group/mean", "b.c/group/codes"}
+    save_checkpoint(tmp_path, 3, taken, {})
+    load_optimizer(other, ["a", "b.c"], load_checkpoint(tmp_path / "3")[0]["optimizer"])
+    for parameter in parameters:
+        want, got = one.state[parameter], other.state[parameter]
+        assert int(got["step"]) == want["step"]
+        assert got["group"]["mean"].equal(want["group"]["mean"])
+        assert got["group"]["codes"].equal(want["group"]["codes"])

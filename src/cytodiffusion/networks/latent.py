@@ -28,9 +28,8 @@ from torch import Tensor, nn
 
 from cytodiffusion.diffusion.precondition import VPDenoiser
 from cytodiffusion.errors import ModelError, SettingsError
-from cytodiffusion.networks.pretrained import Schedule, library
+from cytodiffusion.networks.pretrained import Schedule, check_shape, library
 
-CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
 UNIT = 2.0  # latents have standard deviation 1, pixels one half
 
 
@@ -96,18 +95,12 @@ def transformer_blocks(unet: nn.Module) -> list[Any]:
 
 def check_unet(unet: Any, classes: int) -> None:
     """Raises ModelError where a U-Net is not of Stable Diffusion's shape, or too narrow."""
-    config = unet.config
-    extra = [name for name in CONDITIONS if config.get(name) is not None]
-    first = config.down_block_types[0]
-    if extra or first != "CrossAttnDownBlock2D" or not isinstance(config.cross_attention_dim, int):
+    check_shape(unet.config)
+    width = unet.config.cross_attention_dim
+    if width < classes:
         raise ModelError(
-            f"This U-Net is not of Stable Diffusion 1's or 2's shape ({', '.join([first, *extra])}): its "
-            "first block must have cross-attention, and nothing but text as its condition."
-        )
-    if config.cross_attention_dim < classes:
-        raise ModelError(
-            f"{classes} classes do not fit into a token of {config.cross_attention_dim} numbers. Give a "
-            "wider U-Net, or join classes."
+            f"{classes} classes do not fit into a token of {width} numbers. Give a wider U-Net, or join "
+            "classes."
         )
 
 

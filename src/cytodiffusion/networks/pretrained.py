@@ -11,6 +11,7 @@ pickles. What cannot be used is refused in one line that says what is missing.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from cytodiffusion.errors import MissingExtra, ModelError
 
 PARTS = ("unet", "vae", "scheduler")
 WEIGHTS = "diffusion_pytorch_model"
+CONDITIONS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim")
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 TAKEN = "in diffusers' layout: unet/, vae/ and scheduler/, as in stable-diffusion-v1-5"
 
@@ -84,6 +86,7 @@ def read_pretrained(where: str | Path, variant: str | None = None) -> Pretrained
     folder = _found(where, variant)
     _check_parts(folder)
     schedule = read_schedule(folder / "scheduler" / "scheduler_config.json")
+    check_shape(_config(folder / "unet" / "config.json"))
     unet = _read(folder, "unet", "UNet2DConditionModel", variant)
     vae = _read(folder, "vae", "AutoencoderKL", variant)
     if unet.config.in_channels != vae.config.latent_channels:
@@ -92,6 +95,18 @@ def read_pretrained(where: str | Path, variant: str | None = None) -> Pretrained
             f"{vae.config.latent_channels}: it is made for another task. Give a model {TAKEN}."
         )
     return Pretrained(unet, vae, schedule)
+
+
+def check_shape(config: Mapping[str, Any]) -> None:
+    """Raises ModelError where a U-Net of this configuration is not of Stable Diffusion 1's or 2's shape."""
+    extra = [name for name in CONDITIONS if config.get(name) is not None]
+    first = config.get("down_block_types", ["CrossAttnDownBlock2D"])[0]
+    one_width = isinstance(config.get("cross_attention_dim", 1280), int)
+    if extra or first != "CrossAttnDownBlock2D" or not one_width:
+        raise ModelError(
+            f"This U-Net is not of Stable Diffusion 1's or 2's shape ({', '.join([first, *extra])}): its "
+            "first block must have cross-attention, and nothing but text as its condition."
+        )
 
 
 def _found(where: str | Path, variant: str | None) -> Path:
