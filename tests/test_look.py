@@ -185,7 +185,8 @@ def frames(folder: Path, count: int, scale: float, light: float) -> Path:
         (8, 1.0, 1.0, [], "nothing"),
         (8, 1.2, 0.97, [], "nothing"),  # a batch of monocytes, a lamp a little dimmer
         (8, 0.5, 1.0, [], "nothing"),  # platelets
-        (8, 1.6, 1.0, [], "scale"),
+        (8, 1.5, 1.0, [], "nothing"),  # promyelocytes
+        (8, 1.8, 1.0, [], "scale"),
         (8, 1.0, 0.8, [], "light"),
         (8, 1.6, 0.8, [], "light,scale"),
         (8, 1.6, 0.8, ["--crop", "0.7"], "light"),  # what is given stays
@@ -266,12 +267,15 @@ def test_matching_is_said_and_kept(data_root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_nothing_is_matched_at_home(data_root: Path, tmp_path: Path) -> None:
-    """Every class of PBC alone, the smallest and the largest nuclei among them."""
-    for folder in sorted(path for path in (data_root / "pbc").iterdir() if path.is_dir()):
-        cells = tmp_path / folder.name
+    """Every class of PBC alone, and promyelocytes, which have the largest nuclei of all."""
+    folders = sorted(path for path in (data_root / "pbc").iterdir() if path.is_dir())
+    batches = {folder.name: sorted(folder.iterdir())[::200] for folder in folders}
+    batches["PMY"] = sorted((data_root / "pbc" / "immature_granulocyte").glob("PMY*"))[::20]
+    for name, paths in batches.items():
+        cells = tmp_path / name
         cells.mkdir()
-        for path in sorted(folder.iterdir())[::200]:
+        for path in paths:
             (cells / path.name).write_bytes(path.read_bytes())
-        told = cli("predict", cells, "-o", tmp_path / "out" / folder.name, "--device", "cpu")
+        told = cli("predict", cells, "-o", tmp_path / "out" / name, "--device", "cpu")
         assert told.code == 0, told.err
         assert "differ" not in told.err
