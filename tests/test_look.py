@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,10 +13,14 @@ import pytest
 from helpers import cli, write_discs
 from PIL import Image
 
+from cytodiffusion.bundle import Model
+from cytodiffusion.cli.console import Console
+from cytodiffusion.cli.predict import matching
 from cytodiffusion.data.find import find_cell, otsu
 from cytodiffusion.data.images import Preprocess, decode
 from cytodiffusion.data.load import look_of
 from cytodiffusion.data.look import Look, crop_for, matched, measure_look
+from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import FileBytes, Sample
 from cytodiffusion.data.stain import Stain, background, measure_stain, optical_density, restain
 from cytodiffusion.errors import DataError
@@ -206,6 +212,26 @@ def test_frames_that_look_different_are_matched_unasked(
             assert ("differ from those" in told.err) == (same_as != "nothing")
     for auto, asked in zip(*rows, strict=True):
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("does", "left"),
+    [
+        ({}, (True, 0.88)),
+        ({"match": "stain"}, (False, 0.88)),
+        ({"each": True}, (True, None)),
+        ({"match": "light", "each": True}, (False, None)),
+    ],
+)
+def test_what_the_model_does_anyway_is_not_done_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], does: dict[str, Any],
+    left: tuple[bool, float | None],
+) -> None:  # fmt: skip
+    samples = read_dataset(frames(tmp_path / "in", 8, 1.6, 0.8))
+    model = cast("Model", SimpleNamespace(name="it", preprocess=Preprocess(crop=0.55, **does)))
+    light, crop = matching("auto", None, samples, model, Console(False))
+    assert (light, crop) == (left[0], left[1] and pytest.approx(left[1], rel=0.06))
+    assert ("differ from those" in capsys.readouterr().err) == (left != (False, None))
 
 
 def real(folder: Path, each: int) -> list[Sample]:

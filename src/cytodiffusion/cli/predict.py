@@ -105,7 +105,10 @@ def matching(
 def _glance(
     crop: float | None, samples: Sequence[Sample], model: Model, console: Console
 ) -> tuple[bool, float | None]:
-    """As `matching`: what the frames need, by a glance at some of them; nothing where that is not clear."""
+    """As `matching`: what the frames need, by a glance at some of them; nothing where that is not clear.
+
+    What the model does to every frame anyway is not done twice.
+    """
     from cytodiffusion.data.load import look_of
     from cytodiffusion.data.look import crop_for, larger_cells, other_light
     from cytodiffusion.errors import DataError
@@ -117,10 +120,10 @@ def _glance(
         return False, crop  # no white cell in them
     if seen < CLEAR:
         return False, crop
-    told, light = [], other_light(look, there)
+    told, light = [], model.preprocess.match == "nothing" and other_light(look, there)
     if light:
         told.append("light brought to that of training")
-    if crop is None and larger_cells(look, there):
+    if crop is None and not model.preprocess.each and larger_cells(look, there):
         crop = crop_for(model.preprocess.crop, look, there)
         told.append(f"nuclei {look.nucleus / there.nucleus:.1f} times as large: --crop {crop}")
     if told:
