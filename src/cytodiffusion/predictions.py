@@ -184,11 +184,11 @@ class Table:
         """Rows that are already there, by path and sha256. Raises OutputError for another request."""
         stamp = self.folder / "request.json"
         with writing_to(self.folder):
-            if stamp.exists() and _read_stamp(stamp) != self.stamp:
+            if stamp.exists() and (before := _read_stamp(stamp)) != self.stamp:
                 raise OutputError(
-                    f"{self.folder} holds predictions made with another model, engine, budget, crop, "
-                    "coverage, light, kind of sets, prior or list of classes (see request.json there). "
-                    "Choose another folder with -o, or delete that one."
+                    f"{self.folder} holds predictions made with another {_apart(before, self.stamp)} (see "
+                    "request.json there). Ask for the same, choose another folder with -o, or delete that "
+                    "one."
                 )
             with whole(stamp) as part:
                 part.write_text(json.dumps(self.stamp, indent=1) + "\n")
@@ -227,6 +227,19 @@ def _read_stamp(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError:
         return None  # nothing that this program wrote
+
+
+def _apart(before: Any, now: dict[str, Any]) -> str:
+    """What differs between two requests, with both values where they are short."""
+    if not isinstance(before, dict):
+        return "version of this program"
+    told = []
+    for name in dict.fromkeys([*now, *before]):
+        old, new = (each.get(name, "not said") for each in (before, now))
+        if old != new:
+            long = isinstance(old, list) or isinstance(new, list) or len(f"{old}{new}") > 40
+            told.append(name if long else f"{name} ({old}; now {new})")
+    return ", ".join(told)
 
 
 def _cut_torn_line(path: Path) -> None:
