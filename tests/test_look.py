@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -212,6 +213,24 @@ def test_frames_that_look_different_are_matched_unasked(
             assert ("differ from those" in told.err) == (same_as != "nothing")
     for auto, asked in zip(*rows, strict=True):
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
+
+
+def test_what_was_matched_is_written_down(tmp_path: Path) -> None:
+    frames(tmp_path / "lymphocyte", 8, 1.6, 0.8)
+    told = cli("evaluate", tmp_path, "-o", tmp_path / "out", "--device", "cpu", "--json")
+    assert told.code == 0, told.err
+    assert told.json["crop"] == pytest.approx(0.88, rel=0.06)
+    assert told.json["match"] == "light"
+
+
+def test_the_report_gives_the_whole_call(tmp_path: Path) -> None:
+    cells = write_discs(tmp_path / "two words", each=1)
+    words = ["--crop", 0.7, "--sets", "class", "--device", "cpu"]
+    assert cli("predict", cells, "-o", tmp_path / "out", *words).code == 0
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert f"cytodiffusion predict '{cells}' -m pbc8" in page
+    assert "--crop 0.7" in page
+    assert "--sets class" in page
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ def evaluate(
     if any(row["flag"] != "unreadable" for row in rows):
         metrics = _metrics(rows, names, seed, _limits(loaded, request, names)) | {
             "budget": budget,
+            "crop": request.preprocess(loaded).crop,
+            "match": request.preprocess(loaded).match,
             "cells_per_second": _speed(rows),
             "model": loaded.name,
             "weights_sha256": request.fingerprint(loaded)["weights"],

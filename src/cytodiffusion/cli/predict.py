@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,13 +68,16 @@ def predict(
     loaded.classifier.budget(budget)
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
+    given = {"--budget": budget, "--crop": crop, "--match": match, "--coverage": coverage,
+             "--sets": sets, "--prior": prior, "--engine": engine, "--device": device}  # fmt: skip
+    words: list[object] = ["cytodiffusion", "predict", source, "-m", model, "-o", out]
+    words += [part for pair in given.items() if pair[1] is not None for part in pair]
+    call = shlex.join(map(str, words))
     light, crop = matching(match, crop, samples, loaded, console)
     request = Request(
         budget, crop, coverage, cast("Any", sets), shares, light=light, workers=cores()
     )
     rows = name_all(loaded, samples, request, out, console)
-    call = f"cytodiffusion predict {source} -m {model} -o {out} --budget {budget}"
-    call += f" --match {match}" if match != "auto" else ""
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
     finish(rows, out, console)
 
