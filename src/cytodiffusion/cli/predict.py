@@ -122,20 +122,27 @@ def _glance(
         look, seen = look_of(samples, GLANCE)
     except DataError:
         return False, crop  # no white cell in them
-    if seen < CLEAR:
-        return False, crop
     told, light = [], model.preprocess.match == "nothing" and other_light(look, there)
     if light:
         told.append("light brought to that of training")
+    fit = crop
     if crop is None and not model.preprocess.each and larger_cells(look, there):
-        crop = crop_for(model.preprocess.crop, look, there)
-        told.append(f"nuclei {look.nucleus / there.nucleus:.1f} times as large: --crop {crop}")
+        fit = crop_for(model.preprocess.crop, look, there)
+        told.append(f"nuclei {look.nucleus / there.nucleus:.1f} times as large: --crop {fit}")
+    if told and seen < CLEAR:
+        words = ",".join(["light"] * light + ["scale"] * (fit != crop))
+        console.note(
+            f"These frames may differ from those that {model.name} was trained on, but white cells were "
+            f"found in {seen} only of those looked at, and it takes {CLEAR} to tell: they are taken as "
+            f"they are. --match {words} brings them to the look of training."
+        )
+        return False, crop
     if told:
         console.note(
             f"These frames differ from those that {model.name} was trained on: {'; '.join(told)}. "
             "--match nothing takes them as they are."
         )
-    return light, crop
+    return light, fit
 
 
 def name_all(
