@@ -96,11 +96,17 @@ def cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def test_the_graph_is_the_denoiser(form: Form) -> None:
     network, (clean, noise, sigma, _) = ErrorNetwork(denoiser(form)), rows(5)
     every = torch.arange(CLASSES + 1).expand(5, -1)
-    wanted = DenoiserMeter(denoiser(form))(clean, noise, sigma, every)
+    meter = DenoiserMeter(denoiser(form))
+    wanted = meter(clean, noise, sigma, every)
     if form == "heads":
-        found = network(clean, noise, sigma)
+        found, features = network(clean, noise, sigma)
+        told, seen = meter.look(clean, noise, sigma, every)
+        assert told.equal(wanted)
+        assert features.shape == (5, meter.features)
+        torch.testing.assert_close(features, seen, rtol=1e-5, atol=1e-6)
     else:
-        found = torch.cat([network(clean, noise, sigma, label) for label in every.T], dim=1)
+        assert meter.features == 0
+        found = torch.cat([network(clean, noise, sigma, label)[0] for label in every.T], dim=1)
     assert found.shape == (5, CLASSES + 1)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
@@ -117,6 +123,15 @@ def test_engines_agree_with_torch(name: str, form: Form) -> None:
         return
     few = [t[:7] for t in rows(21)]  # the same rows in other company: the same bits
     assert meter(*few).equal(found[:7])
+    assert meter.features == DenoiserMeter(denoiser(form)).features
+    if meter.features:
+        errors, features = meter.look(*rows(21))
+        assert errors.equal(found)
+        assert meter.look(*few)[1].equal(features[:7])
+        seen = DenoiserMeter(denoiser(form)).look(*rows(21))[1]
+        torch.testing.assert_close(
+            features, seen, rtol=0, atol=TOLERANCES[name] * float(seen.abs().max())
+        )
     turned = [t.flip(0) for t in rows(21)]
     assert meter(*turned).flip(0).equal(found)
 
@@ -206,9 +221,18 @@ def test_ranges_come_from_the_images() -> None:
 
 def test_a_wrong_engine_is_not_handed_out() -> None:
     good = make_engine("torch-bf16", denoiser("heads"))
-    bad = GraphMeter(lambda *inputs: 1.1 * good.run(*inputs), True)
-    found = difference(bad, denoiser("heads"), discs(16))
+    assert isinstance(good, GraphMeter)
+
+    def spoilt(error: float, feature: float) -> float:
+        def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            errors, features = good.run(*inputs)
+            return error * errors, feature * features
+
+        return difference(GraphMeter(run, True, good.features), denoiser("heads"), discs(16))
+
+    found = spoilt(1.1, 1.0)
     assert found == pytest.approx(0.1, abs=0.02)
+    assert spoilt(1.0, 1.3) == pytest.approx(0.3, abs=0.02)
     with pytest.raises(ModelError, match="does not give this model's errors"):
         check_difference("openvino-int8", found)
     with pytest.raises(ModelError):

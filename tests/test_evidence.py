@@ -148,7 +148,7 @@ class Counted(torch.nn.Module):
         return WORLD(noisy, sigma, labels)
 
 
-def dropping(errors: np.ndarray) -> np.ndarray:
+def dropping(errors: np.ndarray, features: np.ndarray) -> np.ndarray:
     """After trial 1 (the second) class 2 leaves image 'a'; after trial 2, class 0 too.
 
     Images are told apart by their first error, so the answer does not depend on their order.
@@ -206,7 +206,7 @@ def test_what_has_left_is_not_computed():
 def test_nothing_is_computed_when_every_image_is_done(together):
     counted = Counted()
 
-    def all_but_one(errors):
+    def all_but_one(errors, features):
         return np.arange(K) == np.zeros((len(errors), 1))
 
     found = measure(

@@ -41,10 +41,10 @@ from cytodiffusion.diffusion.precondition import EDMDenoiser, NetworkDenoiser
 from cytodiffusion.engines.engine import best_engine, make_engine
 from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
-from cytodiffusion.networks.latent import LatentNetwork, LatentShape, LatentSpace
+from cytodiffusion.networks.latent import LATENT, LatentNetwork, LatentShape, LatentSpace
 from cytodiffusion.types import PIXELS, Classes, Space
 
-FORMAT = 4
+FORMAT = 5
 FILES = (
     "config.json", "model.safetensors", "preprocess.json", "labels.yaml", "calibration.json",
     "card.md", "LICENSE", "data_license.txt", "test_vectors.npz",
@@ -79,6 +79,13 @@ class Model:
     def space(self) -> Space:
         """Where noise is added: pixels, or latents."""
         return self.classifier.space
+
+    @property
+    def form(self) -> str:
+        """What kind of network it is, in words for a card."""
+        if self.config["network"] == "latent":
+            return LATENT
+        return f"compact U-Net, {self.config['settings']['form']}"
 
     @property
     def weights_sha256(self) -> str:
@@ -189,6 +196,22 @@ def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in weights.items()
     }
+
+
+def recalibrated(
+    folder: Path, model: Model, budgets: dict[str, Budget], card: str, origin: dict[str, Any]
+) -> None:
+    """Write a model with other budgets to a new folder. Raises OutputError."""
+    texts = {name: (model.folder / name).read_text() for name in ("LICENSE", "data_license.txt")}
+    save_bundle(
+        folder,
+        Parts(
+            name=model.name, denoiser=model.denoiser, classes=model.classes,
+            preprocess=model.preprocess, budgets=budgets, taxonomy=model.taxonomy, card=card,
+            license=texts["LICENSE"], data_license=texts["data_license.txt"], origin=origin,
+            space=model.space, radius=getattr(model.classifier.meter, "radius", None),
+        ),
+    )  # fmt: skip
 
 
 def replace_texts(folder: Path, texts: dict[str, str]) -> None:

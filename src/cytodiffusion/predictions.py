@@ -27,6 +27,7 @@ from torch import Tensor
 from cytodiffusion.bundle import Model
 from cytodiffusion.classify.classifier import COVERAGE, Reading
 from cytodiffusion.classify.conformal import Sets, check_coverage, check_sets
+from cytodiffusion.classify.measure import Done
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import Loaded, load_one
 from cytodiffusion.data.sample import Sample
@@ -105,9 +106,8 @@ def name_cells(model: Model, samples: Sequence[Sample], request: Request) -> Ite
     )
     began = time.perf_counter()
     while done := list(islice(work, request.batch)):
-        items = [loaded.pop(place) for place, _ in done]
-        errors = np.stack([found for _, found in done])
-        reading = _read(model, request, errors, [item.sha256 for item in items])
+        items = [loaded.pop(cell.place) for cell in done]
+        reading = _read(model, request, done, [item.sha256 for item in items])
         spent, began = 1000 * (time.perf_counter() - began) / len(done), time.perf_counter()
         yield [*_rows(items, reading, model, spent), *_taken(unread)]
     if rows := _taken(unread):
@@ -118,8 +118,11 @@ def _taken(queue: Queue[Row]) -> list[Row]:
     return [queue.get() for _ in range(queue.qsize())]
 
 
-def _read(model: Model, request: Request, errors: np.ndarray, digests: list[str]) -> Reading:
-    table = model.classifier.table(errors, digests, request.budget)
+def _read(model: Model, request: Request, done: list[Done], digests: list[str]) -> Reading:
+    errors, features = (
+        np.stack(each) for each in zip(*((c.errors, c.features) for c in done), strict=True)
+    )
+    table = model.classifier.table(errors, features, digests, request.budget)
     prior = None if request.prior is None else np.array(request.prior)
     return model.classifier.read(
         table, request.budget, request.coverage, sets=request.sets, prior=prior,

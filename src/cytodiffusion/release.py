@@ -21,13 +21,14 @@ from cytodiffusion import __version__
 from cytodiffusion.classify.calibrate import nll, out_of_fold
 from cytodiffusion.classify.classifier import Budget, RaceReader
 from cytodiffusion.classify.draws import stratified
-from cytodiffusion.classify.evidence import DenoiserMeter, Meter
+from cytodiffusion.classify.evidence import DenoiserMeter, Meter, features_of
 from cytodiffusion.classify.fit import (
     Plan,
     betting_race,
     candidates,
-    fit_budgets,
+    choose_draws,
     fit_race,
+    fit_sequence,
     race_part,
 )
 from cytodiffusion.classify.measure import Measurement
@@ -41,7 +42,6 @@ from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.diffusion.precondition import NetworkDenoiser
 from cytodiffusion.errors import DataError
 from cytodiffusion.train.loop import Validate
-from cytodiffusion.train.settings import TrainSettings
 from cytodiffusion.types import PIXELS, Classes, Space
 
 FEW = 320  # held-out cells that score a class-conditional network while it trains
@@ -153,12 +153,12 @@ def scores(
     }
 
 
-def plan_of(settings: TrainSettings, space: Space) -> Plan:
+def plan_of(together: bool, space: Space, seed: int) -> Plan:
     """How a trained network is calibrated: fewer candidate trials where each class costs a pass."""
-    plan = Plan(seed=settings.seed, low=Plan.low * space.scale, high=Plan.high * space.scale)
-    if settings.together:
+    plan = Plan(seed=seed, low=Plan.low * space.scale, high=Plan.high * space.scale)
+    if together:
         return plan
-    if settings.latent is None:
+    if space is PIXELS:
         return replace(plan, levels=12)
     return replace(plan, levels=8, race_cells=80)
 
@@ -174,19 +174,25 @@ class Calibrated:
 def measured(
     measurement: Measurement, meter: Meter, pixels: Pixels, rows: Int[np.ndarray, " m"],
     workers: int = 1, before: int = 0,
-) -> Generator[int, None, Float[np.ndarray, "m t k1"]]:  # fmt: skip
-    """Yield how many cells are measured, added to `before`; returns the errors of these rows."""
-    errors = np.full((len(rows), len(measurement.draws), measurement.columns), np.nan, np.float32)
+) -> Generator[int, None, tuple[Float[np.ndarray, "m t k1"], Float[np.ndarray, "m f"]]]:  # fmt: skip
+    """Yield how many cells are measured, added to `before`; returns errors and features of these rows."""
+    errors, features = measurement.nothing(meter, len(rows))
 
     def prepare(row: int) -> tuple[Tensor, str]:
         return to_tensor(pixels.images[row]), pixels.digests[row]
 
-    for done, (place, found) in enumerate(
+    for done, (place, *found) in enumerate(
         measurement.stream(meter, rows.tolist(), prepare, workers), start=1
     ):
-        errors[place] = found
+        errors[place], features[place] = found
         yield before + done
-    return errors
+    return errors, features
+
+
+def calibrations(meter: Meter, pixels: Pixels, plan: Plan) -> int:
+    """How many cells `calibrate` measures."""
+    times = 2 if features_of(meter) else 1
+    return times * len(pixels.labels) + 2 * len(race_part(pixels.labels, plan.race_cells))
 
 
 def calibrate(
@@ -199,21 +205,27 @@ def calibrate(
     every = Measurement(
         candidates(plan), columns, POSES, together=together, space=space, shared=latent
     )
-    errors = yield from measured(every, meter, pixels, np.arange(len(truth)), workers)
-    budgets = fit_budgets(errors, truth, plan, apart=not together)
+    each = np.arange(len(truth))
+    errors, features = yield from measured(every, meter, pixels, each, workers)
+    draws, order = choose_draws(errors, truth, plan)
+    done = len(truth)
+    if features.shape[1]:  # those of the first trial that a cell will run
+        first = replace(every, draws=draws.first(1))
+        _, features = yield from measured(first, meter, pixels, each, workers, before=done)
+        done += len(truth)
+    budgets = fit_sequence(draws, errors[:, order], truth, not together, features)
 
     rows = race_part(truth, plan.race_cells, plan.seed)
     races: dict[str, BettingRace | PaperRace] = {
         "race": betting_race(budgets["full"], plan),
         "paper": PaperRace(paper_draws(plan.paper_most, plan.seed)),
     }
-    done = len(truth)
     for name, race in races.items():
         draws = race.draws.first(plan.race_trials)
         short = Measurement(
             draws, columns, POSES, race, together, anyone=together, space=space, shared=latent
         )
-        errors = yield from measured(short, meter, pixels, rows, workers, before=done)
+        errors, _ = yield from measured(short, meter, pixels, rows, workers, before=done)
         budgets[name] = fit_race(errors, truth[rows], race)
         done += len(rows)
     judged = {name: scores(b.held.probabilities, b.held.truth) for name, b in budgets.items()}
@@ -232,7 +244,7 @@ Names single blood cells: {classes}.
 | input | centre {crop:.0%} of the shorter side, at {size} px |
 | data | {data} ({train_images:,} training images) |
 | made by | {recipe}, commit {commit}, seed {seed}, {steps:,} steps{begun} |
-{posed}
+{extra}
 ## On the held-out cells it was calibrated on
 
 Five-fold: weights are fitted without the cell that they name. Validation, not test.
@@ -245,6 +257,9 @@ Five-fold: weights are fitted without the cell that they name. Validation, not t
 
 POSED = """\
 | turning latents | differs from encoding the turned cell by {pose_error} of their standard deviation |
+"""
+ANEW = """\
+| calibrated anew | on {calibrated_on}, commit {calibrated_at} |
 """
 
 
@@ -262,8 +277,9 @@ def make_card(
     shape = {"parameters": parameters / 1e6, "crop": preprocess.crop, "size": preprocess.size}
     start = origin.get("start") or origin.get("pretrained")
     begun = f", begun with the weights of {start}" if start else ""
-    posed = POSED.format(**origin) if "pose_error" in origin else ""
-    return CARD.format(**words, **shape, **origin, begun=begun, posed=posed)
+    extra = POSED.format(**origin) if "pose_error" in origin else ""
+    extra += ANEW.format(**origin) if "calibrated_on" in origin else ""
+    return CARD.format(**words, **shape, **origin, begun=begun, extra=extra)
 
 
 def _passes(budget: Budget) -> str:

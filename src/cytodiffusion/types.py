@@ -125,7 +125,8 @@ class ErrorTable:
 
     errors[i, t, k] is the mean over pixels and colours of (guess - clean)^2 for image i, trial t and
     class k, in squared image units; lower means that class k explains the image better. The last
-    column is "any cell". An entry that was not computed is NaN.
+    column is "any cell". An entry that was not computed is NaN. features[i] is what the trunk of a
+    network with one for all classes makes of image i in its first trial, averaged over the grid.
     """
 
     errors: np.ndarray  # float32, (images, trials, classes + 1)
@@ -134,6 +135,7 @@ class ErrorTable:
     classes: Classes
     seed: int
     model: str
+    features: np.ndarray | None = None  # float32, (images, features)
 
     def __post_init__(self) -> None:
         expected = (len(self.digests), len(self.sigmas), len(self.classes) + 1)
@@ -150,8 +152,9 @@ class ErrorTable:
         """The same measurement for some of the images."""
         order = np.arange(len(self))[chosen]
         digests = tuple(self.digests[i] for i in order)
+        features = None if self.features is None else self.features[order]
         return ErrorTable(
-            self.errors[order], self.sigmas, digests, self.classes, self.seed, self.model
+            self.errors[order], self.sigmas, digests, self.classes, self.seed, self.model, features
         )
 
     def save(self, path: Path | str) -> None:
@@ -162,10 +165,10 @@ class ErrorTable:
             "seed": self.seed,
             "model": self.model,
         }
+        arrays: dict[str, Any] = {"errors": self.errors, "sigmas": self.sigmas}
+        arrays |= {} if self.features is None else {"features": self.features}
         with Path(path).open("wb") as file:
-            np.savez_compressed(
-                file, errors=self.errors, sigmas=self.sigmas, meta=np.array(json.dumps(meta))
-            )
+            np.savez_compressed(file, meta=np.array(json.dumps(meta)), **arrays)
 
     @classmethod
     def load(cls, path: Path | str) -> ErrorTable:
@@ -179,6 +182,7 @@ class ErrorTable:
                 classes=Classes(tuple(meta["classes"])),
                 seed=meta["seed"],
                 model=meta["model"],
+                features=file.get("features"),
             )
 
 

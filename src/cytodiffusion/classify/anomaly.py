@@ -1,17 +1,20 @@
 """How unlike anything seen in training is this cell?
 
 The error itself does not tell: a smooth, strange cell is easy to denoise. What tells is the pattern
-of the errors in the trials i, of every class relative to "any cell" and of "any cell" itself,
+of the errors in the trials i, of every class relative to "any cell" and of "any cell" itself; and, where
+all classes share one trunk, its features h in the first trial, the means over the grid of what the
+guesses are made from, which cost nothing:
 
-    g  =  ( ln E_ki - ln E_any,i  for all k, i;   ln E_any,i  for all i )
+    g  =  ( ln E_ki - ln E_any,i  for all k, i;   ln E_any,i  for all i;   h )
 
 Known cells lie near the mean pattern of their class. Two scores see different strangers:
 
     a1 = smallest Mahalanobis distance of g to a class mean (one pooled, shrunk covariance)
     a2 = -ln of the largest class probability
 
-a1 sees images that are no cells at all, in both tails: too hard to denoise, or too easy. a2 sees cells
-between the known classes. With a1 in units of its 95 % quantile on held-out cells, and F(a2) the share
+a1 sees images that are no cells at all, in both tails: too hard to denoise, or too easy; and, by the
+features, what is in the frame beside or in place of one whole cell. a2 sees cells between the known
+classes. With a1 in units of its 95 % quantile on held-out cells, and F(a2) the share
 of held-out cells with less doubt,
 
     s = (a1 / q95)^2 + F(a2)            anomaly = s / (1 + s)
@@ -33,6 +36,7 @@ from jaxtyping import Float, Int
 from sklearn.covariance import LedoitWolf
 
 from cytodiffusion.classify.calibrate import folds
+from cytodiffusion.errors import DataError
 
 QUANTILE = 0.95
 STEPS = 65  # quantiles of a2 that are kept
@@ -48,14 +52,26 @@ class AnomalyModel:
     limit: float  # 95 % quantile of the anomaly
 
     def anomaly(
-        self, errors: Float[np.ndarray, "m t k1"], probabilities: Float[np.ndarray, "m k"]
-    ) -> Float[np.ndarray, " m"]:
+        self, errors: Float[np.ndarray, "m t k1"], probabilities: Float[np.ndarray, "m k"],
+        features: Float[np.ndarray, "m f"] | None = None,
+    ) -> Float[np.ndarray, " m"]:  # fmt: skip
         """0 to 1, higher is stranger. The last column of `errors` is "any cell"."""
-        return squash(self.distance(errors), doubt(probabilities), self.units)
+        return squash(self.distance(errors, features), doubt(probabilities), self.units)
 
-    def distance(self, errors: Float[np.ndarray, "m t k1"]) -> Float[np.ndarray, " m"]:
-        """a1: how far from the nearest class, zero or more."""
-        return distance(pattern(errors), self.means, self.precision)
+    def distance(
+        self, errors: Float[np.ndarray, "m t k1"], features: Float[np.ndarray, "m f"] | None = None
+    ) -> Float[np.ndarray, " m"]:
+        """a1: how far from the nearest class, zero or more.
+
+        Raises DataError where the model was fitted with features and there are none.
+        """
+        g = pattern(errors, features)
+        if g.shape[1] != self.means.shape[1]:
+            raise DataError(
+                "These errors were kept without the network's features, by which this model also judges "
+                "how strange a cell is. Measure the cells again."
+            )
+        return distance(g, self.means, self.precision)
 
 
 def squash(
@@ -66,11 +82,14 @@ def squash(
     return s / (1 + s)
 
 
-def pattern(errors: Float[np.ndarray, "m t k1"]) -> Float[np.ndarray, "m f"]:
-    """g: log error of each class relative to "any cell", trial by trial; then of "any cell" itself."""
+def pattern(
+    errors: Float[np.ndarray, "m t k1"], features: Float[np.ndarray, "m f"] | None = None
+) -> Float[np.ndarray, "m g"]:
+    """g: log error of each class relative to "any cell", trial by trial; of "any cell"; features."""
     logs = np.log(errors.astype(np.float64).clip(1e-12))
     relative = (logs[:, :, :-1] - logs[:, :, -1:]).reshape(len(errors), -1)
-    return np.concatenate([relative, logs[:, :, -1]], axis=1)
+    told = [relative, logs[:, :, -1], *([] if features is None else [features])]
+    return np.concatenate(told, axis=1, dtype=np.float64)
 
 
 def doubt(probabilities: Float[np.ndarray, "m k"]) -> Float[np.ndarray, " m"]:
@@ -98,9 +117,10 @@ def fit_anomaly(
     errors: Float[np.ndarray, "m t k1"],
     truth: Int[np.ndarray, " m"],
     probabilities: Float[np.ndarray, "m k"],
+    features: Float[np.ndarray, "m f"] | None = None,
 ) -> tuple[AnomalyModel, Float[np.ndarray, " m"]]:
     """Fit on held-out cells; also returns their own anomaly, each from fits without it."""
-    g, classes = pattern(errors), probabilities.shape[1]
+    g, classes = pattern(errors, features), probabilities.shape[1]
     a1 = np.zeros(len(truth))
     for fit, held in folds(truth, classes):
         a1[held] = distance(g[held], *_gaussian(g[fit], truth[fit], classes))

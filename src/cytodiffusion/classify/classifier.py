@@ -43,7 +43,9 @@ class Reader(Protocol):
 
     def probabilities(self, errors: np.ndarray) -> Float[np.ndarray, "n k"]: ...
 
-    def anomaly(self, errors: np.ndarray) -> Float[np.ndarray, " n"]: ...
+    def anomaly(
+        self, errors: np.ndarray, features: np.ndarray | None = None
+    ) -> Float[np.ndarray, " n"]: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class RaceReader:
         scores = last_standing(errors[:, :, :-1], self.weights[: errors.shape[1]])
         return softmax(-scores / self.temperature, axis=1)
 
-    def anomaly(self, errors: np.ndarray) -> Float[np.ndarray, " n"]:
+    def anomaly(
+        self, errors: np.ndarray, features: np.ndarray | None = None
+    ) -> Float[np.ndarray, " n"]:
         """1 / (1 + exp(zeta)): the paper's score, turned so that higher is stranger."""
         return 1 / (1 + np.exp(zeta(errors[:, :, :-1], self.weights[: errors.shape[1]])))
 
@@ -168,13 +172,17 @@ class Classifier:
         """Errors of every class in every trial. `digests` default to those of the pixels."""
         tensor = torch.as_tensor(images, dtype=torch.float32)
         names = list(digests) if digests is not None else [digest(image) for image in tensor]
-        errors = self.measurement(budget).measure(self.meter, tensor.to(self.device), names)
-        return self.table(errors, names, budget)
+        found = self.measurement(budget).look(self.meter, tensor.to(self.device), names)
+        return self.table(*found, names, budget)
 
-    def table(self, errors: np.ndarray, digests: Sequence[str], budget: str) -> ErrorTable:
-        """Measured errors with what belongs to them."""
+    def table(
+        self, errors: np.ndarray, features: np.ndarray, digests: Sequence[str], budget: str
+    ) -> ErrorTable:
+        """Measured errors and features with what belongs to them."""
         draws = self.budget(budget).draws
-        return ErrorTable(errors, draws.sigmas, tuple(digests), self.classes, draws.seed, self.name)
+        return ErrorTable(
+            errors, draws.sigmas, tuple(digests), self.classes, draws.seed, self.name, features
+        )
 
     def read(
         self,
@@ -197,7 +205,7 @@ class Classifier:
         chosen, errors = self.budget(budget), table.errors
         ran = ~np.isnan(errors)
         fitted = chosen.reader.probabilities(errors)
-        anomaly = chosen.reader.anomaly(errors)
+        anomaly = chosen.reader.anomaly(errors, table.features)
         columns = self._columns(answers)
         probabilities = change_prior(fitted, self._ratio(prior, answers, budget))[:, columns]
         limits = self.limits(budget, coverage, sets=sets, prior=prior, answers=answers)

@@ -17,7 +17,7 @@ Source: Kong, Brekelmans and Ver Steeg 2023, Information-Theoretic Diffusion, ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +48,31 @@ class Meter(Protocol):
         ...
 
 
+@runtime_checkable
+class LookingMeter(Meter, Protocol):
+    """A meter that also tells the features which the network makes its guesses from."""
+
+    @property
+    def features(self) -> int:
+        """How many there are; 0 for a network without."""
+        ...
+
+    def look(
+        self,
+        clean: Float[Tensor, "n c h w"],
+        noise: Float[Tensor, "n c h w"],
+        sigma: Float[Tensor, " n"],
+        labels: Int[Tensor, "n k"],
+    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n f"]]:
+        """The errors and, from the same pass, the features of each noisy image."""
+        ...
+
+
+def features_of(meter: Meter) -> int:
+    """How many features a meter tells."""
+    return meter.features if isinstance(meter, LookingMeter) else 0
+
+
 @dataclass(frozen=True)
 class DenoiserMeter:
     """The errors of a `Denoiser`, computed from its guesses: what every engine is held to.
@@ -58,15 +83,34 @@ class DenoiserMeter:
     denoiser: Denoiser
     radius: float | None = None
 
+    @property
+    def features(self) -> int:
+        """As many as the network says; 0 where the label changes them, or there are none."""
+        return getattr(getattr(self.denoiser, "network", None), "features_told", 0)
+
     def __call__(
         self, clean: Tensor, noise: Tensor, sigma: Float[Tensor, " n"], labels: Tensor
     ) -> Float[Tensor, "n k"]:
-        guesses = self.denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, labels)
+        return self._errors(self.denoiser(_noisy(clean, noise, sigma), sigma, labels), clean)
+
+    def look(
+        self, clean: Tensor, noise: Tensor, sigma: Float[Tensor, " n"], labels: Tensor
+    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n f"]]:
+        """The errors and the features, from one pass."""
+        denoiser = cast(Any, self.denoiser)
+        guesses, features = denoiser.look(_noisy(clean, noise, sigma), sigma, labels)
+        return self._errors(guesses, clean), features
+
+    def _errors(self, guesses: Tensor, clean: Tensor) -> Float[Tensor, "n k"]:
         squares = (guesses - clean[:, None]).square()
         if self.radius is None:
             return squares.mean((2, 3, 4))
         counts = disc(clean.shape[-1], self.radius).to(squares)
         return (squares.mean(2) * counts).sum((2, 3)) / counts.sum()
+
+
+def _noisy(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return clean + sigma.view(-1, 1, 1, 1) * noise
 
 
 def disc(side: int, radius: float) -> Float[Tensor, "side side"]:

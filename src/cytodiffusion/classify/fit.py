@@ -73,17 +73,13 @@ def candidates(plan: Plan) -> Draws:
     return stratified(plan.levels, plan.low, plan.high, seed=plan.seed, frozen=True)
 
 
-def fit_budgets(
-    errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan, apart: bool
-) -> dict[str, Budget]:
-    """`fast`, `balanced` and `full`, from errors of the candidate trials.
-
-    `apart`: every class costs a pass of its own, so that classes leave one by one.
-    """
+def choose_draws(
+    errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"], plan: Plan
+) -> tuple[Draws, list[int]]:
+    """The trials of a cell, in their order, and their places among the candidates."""
     every = candidates(plan)
     order = spread(choose_trials(errors[:, :, :-1], truth, plan.naming), every.sigmas, plan.trials)
-    draws = replace(every, trials=tuple(every.trials[t] for t in order))
-    return fit_sequence(draws, errors[:, order], truth, apart)
+    return replace(every, trials=tuple(every.trials[t] for t in order)), order
 
 
 def spread(chosen: list[int], sigmas: Float[np.ndarray, " t"], count: int) -> list[int]:
@@ -98,10 +94,14 @@ def spread(chosen: list[int], sigmas: Float[np.ndarray, " t"], count: int) -> li
 
 def fit_sequence(
     draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"],
-    apart: bool = False,
+    apart: bool = False, features: Float[np.ndarray, "n f"] | None = None,
 ) -> dict[str, Budget]:  # fmt: skip
-    """Budgets that run these trials, in this order. Held-out cells are judged by fits without them."""
-    depths, logits, anomaly = _fit_depths(errors, truth)
+    """`fast`, `balanced` and `full`, which run these trials in this order.
+
+    `apart`: every class costs a pass of its own, so that classes leave one by one. `features`: of the
+    first trial. Held-out cells are judged by fits without them.
+    """
+    depths, logits, anomaly = _fit_depths(errors, truth, features)
     gates = tuple(depth.gate for depth in depths)
     strange = anomaly > np.array([depth.anomalies.limit for depth in depths])
     budgets = {}
@@ -116,14 +116,16 @@ def fit_sequence(
 
 
 def _fit_depths(
-    errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"]
+    errors: Float[np.ndarray, "n t k1"],
+    truth: Int[np.ndarray, " n"],
+    features: Float[np.ndarray, "n f"] | None,
 ) -> tuple[tuple[Depth, ...], Float[np.ndarray, "n t k"], Float[np.ndarray, "n t"]]:
     """How the first 1, 2, ... trials are read; logits and anomaly of each cell by fits without it."""
     prefixes = [errors[:, : n + 1] for n in range(errors.shape[1])]
     logits = [out_of_fold_logits(part[:, :, :-1], truth) for part in prefixes]
     full, depths, anomaly = logits[-1].argmax(1), [], []
     for part, told in zip(prefixes, logits, strict=True):
-        strangers, scores = fit_anomaly(part, truth, softmax(told, axis=1))
+        strangers, scores = fit_anomaly(part, truth, softmax(told, axis=1), features)
         gate = fit_gate(told, told.argmax(1) == full)
         depths.append(Depth(fit_prefix(part[:, :, :-1], truth), gate, strangers))
         anomaly.append(scores)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from queue import Empty, Queue
 from threading import Lock, Thread
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,16 +25,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cytodiffusion.classify.draws import Draws
-from cytodiffusion.classify.evidence import Meter
+from cytodiffusion.classify.evidence import LookingMeter, Meter, features_of
 from cytodiffusion.types import PIXELS, Space
 
 T = TypeVar("T")
-Done = tuple[int, Float[np.ndarray, "t k"]]
 Pose = Callable[[Tensor], Tensor]
-Policy = Callable[[Float[np.ndarray, "n t k1"]], Bool[np.ndarray, "n k"]]
+Policy = Callable[[Float[np.ndarray, "n t k1"], Float[np.ndarray, "n f"]], Bool[np.ndarray, "n k"]]
 
 BATCH = 16  # rows a pass
 POOL = 4  # batches of cells in flight
+
+
+class Done(NamedTuple):
+    """What was measured of one cell."""
+
+    place: int  # among the sources
+    errors: Float[np.ndarray, "t k"]
+    features: Float[np.ndarray, " f"]
 
 
 @dataclass
@@ -45,6 +52,7 @@ class Cell:
     image: Float[Tensor, "c h w"]  # in the space where noise is added, or before it (`anew`)
     digest: str
     errors: Float[np.ndarray, "t k"]  # NaN: not computed
+    features: Float[np.ndarray, " f"]  # of its first trial; none where the meter tells none
     alive: Bool[np.ndarray, " k"]
     trials: int = 0
 
@@ -71,14 +79,15 @@ class Waiting(Generic[T]):
 class Measurement:
     """How cells are measured. `columns` labels: the classes, then "any cell".
 
-    After each trial `policy` is shown the errors so far, all columns, and says which classes are
-    still in; what has left stays NaN from then on, and a cell with fewer than two classes in is
-    done. `together` says that all labels come from one pass, so that a cell is computed whole;
-    otherwise every living (cell, label) pair is a pass of its own, and "any cell", which is only
-    compared with all classes, leaves with the first of them. Both give the same. `space` is where noise
-    is added. With `shared`, all labels of a cell are asked for in one call as long as all are in, so that
-    a network can share work between them; at most `most` threads measure at a time. A cell is encoded once
-    and its latents are posed; with `anew`, the cell itself is posed, and encoded in every trial.
+    After each trial `policy` is shown the errors so far, all columns, and the features of the first
+    trial, and says which classes are still in; what has left stays NaN from then on, and a cell with
+    fewer than two classes in is done. `together` says that all labels come from one pass, so that a cell
+    is computed whole; otherwise every living (cell, label) pair is a pass of its own, and "any cell",
+    which is only compared with all classes, leaves with the first of them. Both give the same. `space` is
+    where noise is added. With `shared`, all labels of a cell are asked for in one call as long as all are
+    in, so that a network can share work between them; at most `most` threads measure at a time. A cell is
+    encoded once and its latents are posed; with `anew`, the cell itself is posed, and encoded in every
+    trial.
     """
 
     draws: Draws
@@ -100,7 +109,7 @@ class Measurement:
         prepare: Callable[[T], tuple[Tensor, str] | None],
         workers: int = 1,
     ) -> Iterator[Done]:
-        """(place in `sources`, errors) of each cell, in the order in which they are done.
+        """Each cell's place in `sources`, errors and features, in the order in which they are done.
 
         `prepare` makes (image, digest) of a source; where it makes None, the source is passed over.
         Each of `workers` threads prepares and measures cells of its own.
@@ -146,22 +155,22 @@ class Measurement:
             while len(pool) < POOL * self.batch and (item := waiting.next()) is not None:
                 cell = prepare(item[1])
                 if cell is not None:
-                    pool.append(self._enter(item[0], *cell))
+                    pool.append(self._enter(item[0], *cell, features_of(meter)))
             if not pool or waiting.closed:
                 return
             self._run_trial(meter, pool)
             self._decide(pool)
-            yield from ((cell.index, cell.errors) for cell in pool if cell.done)
+            yield from (Done(c.index, c.errors, c.features) for c in pool if c.done)
             pool = [cell for cell in pool if not cell.done]
 
-    def _enter(self, index: int, image: Tensor, digest: str) -> Cell:
+    def _enter(self, index: int, image: Tensor, digest: str, features: int) -> Cell:
         errors = np.full((len(self.draws), self.columns), np.nan, dtype=np.float32)
         alive = np.ones(self.columns, dtype=bool)
         alive[-1] = self.anyone
         if not self.anew:
             with torch.inference_mode():
                 image = self.space.encode(image[None])[0]
-        return Cell(index, image, digest, errors, alive)
+        return Cell(index, image, digest, errors, np.zeros(features, np.float32), alive)
 
     @torch.inference_mode()
     def _run_trial(self, meter: Meter, pool: list[Cell]) -> None:
@@ -174,9 +183,12 @@ class Measurement:
         for some, asked, size in self._calls(np.stack([cell.alive for cell in pool])):
             filled = torch.from_numpy(np.resize(some, size)).to(clean.device)
             wanted = torch.from_numpy(np.resize(asked, (size, asked.shape[1])))
-            found = meter(clean[filled], noise[filled], sigma[filled], wanted.to(clean.device))
-            for row, label, error in zip(some, asked, found.float().cpu().numpy(), strict=False):
+            rows = clean[filled], noise[filled], sigma[filled], wanted.to(clean.device)
+            found, features = _look(meter, *rows)
+            for row, label, error, seen in zip(some, asked, found, features, strict=False):
                 pool[row].errors[pool[row].trials, label] = error
+                if pool[row].trials == 0:
+                    pool[row].features = seen
         for cell in pool:
             cell.errors[cell.trials, ~cell.alive] = np.nan
             cell.trials += 1
@@ -212,7 +224,8 @@ class Measurement:
             return
         for trials, group in groupby(pool, key=lambda cell: cell.trials):
             cells = list(group)
-            still = self.policy(np.stack([cell.errors[:trials] for cell in cells]))
+            errors = np.stack([cell.errors[:trials] for cell in cells])
+            still = self.policy(errors, np.stack([cell.features for cell in cells]))
             for cell, stays in zip(cells, still, strict=True):
                 cell.alive[:-1] &= stays
                 cell.alive[-1] &= self.together or bool(cell.alive[:-1].all())
@@ -221,11 +234,34 @@ class Measurement:
         self, meter: Meter, images: Float[Tensor, "n c h w"], digests: list[str]
     ) -> Float[np.ndarray, "n t k"]:
         """Errors of all these images, in their order."""
-        shape = (len(images), len(self.draws), self.columns)
-        errors = np.full(shape, np.nan, dtype=np.float32)
-        for i, found in self.stream(meter, zip(images, digests, strict=True), lambda cell: cell):
-            errors[i] = found
-        return errors
+        return self.look(meter, images, digests)[0]
+
+    def look(
+        self, meter: Meter, images: Float[Tensor, "n c h w"], digests: list[str]
+    ) -> tuple[Float[np.ndarray, "n t k"], Float[np.ndarray, "n f"]]:
+        """Errors and features of all these images, in their order."""
+        errors, features = self.nothing(meter, len(images))
+        for i, *found in self.stream(meter, zip(images, digests, strict=True), lambda cell: cell):
+            errors[i], features[i] = found
+        return errors, features
+
+    def nothing(
+        self, meter: Meter, count: int
+    ) -> tuple[Float[np.ndarray, "n t k"], Float[np.ndarray, "n f"]]:
+        """Errors and features of so many cells, to be filled in."""
+        errors = np.full((count, len(self.draws), self.columns), np.nan, dtype=np.float32)
+        return errors, np.zeros((count, features_of(meter)), dtype=np.float32)
+
+
+def _look(
+    meter: Meter, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor
+) -> tuple[Float[np.ndarray, "n k"], Float[np.ndarray, "n f"]]:
+    """What a meter tells of a batch: errors, and features where it tells any."""
+    if isinstance(meter, LookingMeter) and meter.features:
+        errors, features = meter.look(clean, noise, sigma, labels)
+        return errors.float().cpu().numpy(), features.float().cpu().numpy()
+    errors = meter(clean, noise, sigma, labels)
+    return errors.float().cpu().numpy(), np.zeros((len(errors), 0), dtype=np.float32)
 
 
 def _batches(

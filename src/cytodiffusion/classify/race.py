@@ -55,10 +55,12 @@ class PaperRace:
         """What an error counts in each trial."""
         return paper_weight(self.draws.sigmas)
 
-    def __call__(self, errors: Float[np.ndarray, "n t k1"]) -> Bool[np.ndarray, "n k"]:
+    def __call__(
+        self, errors: Float[np.ndarray, "n t k1"], features: np.ndarray | None = None
+    ) -> Bool[np.ndarray, "n k"]:
         """Which classes stay in, given the errors of the trials so far (NaN: has left).
 
-        The last column, "any cell", takes no part.
+        The last column, "any cell", takes no part, and neither do the features.
         """
         trials, errors = errors.shape[1], errors[:, :, :-1]
         alive = ~np.isnan(errors[:, -1])
@@ -109,8 +111,10 @@ class BettingRace:
     sweep: int  # trials in a sweep
     alpha: float = 0.05  # largest chance of dropping the class that does best
 
-    def __call__(self, errors: Float[np.ndarray, "n t k1"]) -> Bool[np.ndarray, "n k"]:
-        """Which classes stay in. The last column, "any cell", takes no part."""
+    def __call__(
+        self, errors: Float[np.ndarray, "n t k1"], features: np.ndarray | None = None
+    ) -> Bool[np.ndarray, "n k"]:
+        """Which classes stay in. The last column, "any cell", and the features take no part."""
         trials, errors = errors.shape[1], errors[:, :, :-1]
         alive = ~np.isnan(errors[:, -1])
         if trials % self.sweep:

@@ -63,14 +63,17 @@ class Sequence:
     depths: tuple[Depth, ...]
     rule: Rule = Rule()
 
-    def __call__(self, errors: Float[np.ndarray, "n t k1"]) -> Bool[np.ndarray, "n k"]:
+    def __call__(
+        self, errors: Float[np.ndarray, "n t k1"], features: Float[np.ndarray, "n f"] | None = None
+    ) -> Bool[np.ndarray, "n k"]:
         """Which classes stay in, given the errors of the trials so far (NaN: has left)."""
         depth = self.depths[errors.shape[1] - 1]
         logits = depth.posterior.logits(errors[:, :, :-1])
         strange = np.zeros(len(errors), dtype=bool)
         whole = ~np.isnan(errors).any((1, 2))
         if self.rule.cautious and self.rule.threshold < NEVER and whole.any():
-            strange[whole] = _anomaly(depth, errors[whole]) > depth.anomalies.limit
+            seen = None if features is None else features[whole]
+            strange[whole] = _anomaly(depth, errors[whole], seen) > depth.anomalies.limit
         return staying(logits, strange, depth.gate, self.rule)
 
     def probabilities(self, errors: Float[np.ndarray, "n t k1"]) -> Float[np.ndarray, "n k"]:
@@ -83,18 +86,27 @@ class Sequence:
             found[rows] = absorb(found[rows], logits)
         return found
 
-    def anomaly(self, errors: Float[np.ndarray, "n t k1"]) -> Float[np.ndarray, " n"]:
-        """0 to 1, higher is stranger, at the last depth at which every class was in."""
+    def anomaly(
+        self, errors: Float[np.ndarray, "n t k1"], features: Float[np.ndarray, "n f"] | None = None
+    ) -> Float[np.ndarray, " n"]:
+        """0 to 1, higher is stranger, at the last depth at which every class was in.
+
+        Raises DataError where the model was fitted with features and there are none.
+        """
         whole = (~np.isnan(errors)).all(2).sum(1)
         found = np.zeros(len(errors))
         for count in np.unique(whole):
             rows = np.flatnonzero(whole == count)
-            found[rows] = _anomaly(self.depths[count - 1], errors[rows, :count])
+            seen = None if features is None else features[rows]
+            found[rows] = _anomaly(self.depths[count - 1], errors[rows, :count], seen)
         return found
 
 
-def _anomaly(depth: Depth, errors: Float[np.ndarray, "n t k1"]) -> Float[np.ndarray, " n"]:
-    return depth.anomalies.anomaly(errors, depth.posterior.probabilities(errors[:, :, :-1]))
+def _anomaly(
+    depth: Depth, errors: Float[np.ndarray, "n t k1"], features: Float[np.ndarray, "n f"] | None
+) -> Float[np.ndarray, " n"]:
+    told = depth.posterior.probabilities(errors[:, :, :-1])
+    return depth.anomalies.anomaly(errors, told, features)
 
 
 def staying(

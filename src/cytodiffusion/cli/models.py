@@ -1,4 +1,4 @@
-"""`models list | show | verify | export`: the shipped models and any other bundle."""
+"""`models list | show | verify | calibrate | export`: the shipped models and any other bundle."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cytodiffusion.cli.console import Console, Device, Engine, Json, Out, Seed, pick_device
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Console,
+    Device,
+    Engine,
+    Json,
+    Out,
+    Seed,
+    cores,
+    pick_device,
+    threads,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 app = typer.Typer(
-    help="List, show, verify and export models.", no_args_is_help=True, rich_markup_mode=None
+    help="List, show, verify, calibrate and export models.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 Name = Annotated[str, typer.Argument(metavar="MODEL", help="A bundle folder or a shipped model.")]
 
@@ -81,6 +94,62 @@ def verify(
     values = {"model": model, "largest_difference": worst, "tolerance": TOLERANCE, "engine": name}
     values |= {"engine_difference": found, "engine_tolerance": TOLERANCES[name]}
     Console(json).result(values, text)
+
+
+@app.command()
+def calibrate(
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Labelled images that it was not trained on.")
+    ],
+    out: Out,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A bundle folder or a shipped model.")
+    ] = "pbc8",
+    splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split to calibrate on.")] = None,
+    json: Json = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Fit probabilities, sets, strangeness and stopping anew on the labelled cells of DIR.
+
+    OUT is a bundle with the same weights. The cells should be as those that will be named.
+    """
+    import torch
+
+    from cytodiffusion.bundle import load, recalibrated
+    from cytodiffusion.cli.train import check_held
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.release import calibrate as fit
+    from cytodiffusion.release import calibrations, commit, load_pixels, make_card, plan_of
+
+    console = Console(json)
+    loaded = load(model, pick_device(device), engine="torch")
+    names, together = loaded.classes.names, loaded.classifier.together
+    found = read_dataset(source, splits=splits, split=split)
+    samples = [sample for sample in found if sample.label is not None]
+    check_held(samples, names, loaded.taxonomy)
+    console.note(NOTICE)
+    work = load_pixels(samples, names, loaded.preprocess, 1.0, cores(), loaded.taxonomy)
+    held = console.follow(work, "reading", len(samples), "images")
+    for problem in held.problems:
+        console.unread += 1
+        console.note(f"Not read: {problem}")
+    plan, meter = plan_of(together, loaded.space, seed), loaded.classifier.meter
+    torch.set_num_threads(1)  # one for each worker
+    fitting = fit(meter, held, len(names), together, plan, threads(loaded), loaded.space)
+    calibrated = console.follow(fitting, "calibrating", calibrations(meter, held, plan), "cells")
+    origin = loaded.config["origin"] | {
+        "calibrated_on": source.resolve().name, "calibrated_at": commit(), "val_sha256": held.sha256
+    }  # fmt: skip
+    form = loaded.form
+    size = sum(weight.numel() for weight in loaded.denoiser.parameters())
+    card = make_card(loaded.name, loaded.classes, loaded.preprocess, form, size, calibrated, origin)
+    recalibrated(out, loaded, calibrated.budgets, card, origin)
+    values = {"bundle": str(out), "cells": len(held.labels), "validation": calibrated.scores}
+    Console(json).result(values, f"Calibrated on {len(held.labels):,} cells: {out}.")
+    if console.unread:
+        raise typer.Exit(1)
 
 
 @app.command()

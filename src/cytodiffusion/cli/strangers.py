@@ -6,7 +6,6 @@ Each step keeps what it made in OUT, under a name that holds a digest of all tha
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +17,11 @@ from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cytodiffusion.bundle import Model
     from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
-    from cytodiffusion.evaluate.anomaly import Cells, Features, Measured, Scored
+    from cytodiffusion.evaluate.anomaly import Cells, Measured, Scored
     from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings, Progress
     from cytodiffusion.train.settings import TrainSettings
 
@@ -300,7 +297,6 @@ def _measured(bench: Bench, ours: Model, name: str, cells: Cells) -> Measured:
 
     from cytodiffusion.evaluate.anomaly import Measured, measure
     from cytodiffusion.files import writing_to
-    from cytodiffusion.types import PIXELS
 
     checksums = (ours.folder / "checksums.json").read_text()
     pixels = hashlib.sha256(cells.pixels.tobytes()).hexdigest()
@@ -310,28 +306,8 @@ def _measured(bench: Bench, ours: Model, name: str, cells: Cells) -> Measured:
         bench.console.note(f"{name}: measured before, see {path}.")
         return Measured.load(path)
     torch.set_num_threads(1)  # one for each worker
-    features = trunk_features(ours, bench.device) if ours.space is PIXELS else None
-    work = measure(ours.classifier, features, cells, cores())
+    work = measure(ours.classifier, cells, cores())
     found = bench.console.follow(work, f"measuring {name}", len(cells.digests), "cells")
     with writing_to(path.parent):
         found.save(path)
     return found
-
-
-def trunk_features(model: Model, device: str) -> Features:
-    """What the trunk makes of an image under one frozen noise, averaged over the grid."""
-    import torch
-
-    from cytodiffusion.bundle import compact_network
-    from cytodiffusion.classify.draws import standard_normal
-
-    network, data = compact_network(model)
-
-    @torch.inference_mode()
-    def features(images: Tensor) -> Tensor:
-        noise = standard_normal(tuple(images.shape[1:]), 0, "", 0)
-        noisy = ((images + SIGMA * noise) / math.hypot(SIGMA, data)).to(device)
-        log_sigma = torch.full((len(images),), math.log(SIGMA) / 4, device=device)
-        return network.features(noisy, log_sigma).mean((2, 3))
-
-    return features

@@ -101,6 +101,7 @@ def split_samples(
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.split import Row, write_split
     from cytodiffusion.errors import DataError
+    from cytodiffusion.release import class_names
 
     samples = taxonomy.respell(read_dataset(source, splits=splits))
     labelled = [sample for sample in samples if sample.label is not None]
@@ -117,7 +118,7 @@ def split_samples(
             raise DataError(
                 f"The split '{name}' is empty. Training needs 'train', and 'val' to calibrate on."
             )
-    _check_classes(parts["train"], parts["val"], taxonomy)
+    check_held(parts["val"], class_names(parts["train"], taxonomy), taxonomy)
     if made:
         console.note("No split was given: made one (see splits.csv in the run folder).")
         write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
@@ -138,14 +139,13 @@ def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
     return [replace(by_name[row.name], split=row.split) for row in rows]
 
 
-def _check_classes(train: Sequence[Sample], val: Sequence[Sample], taxonomy: Taxonomy) -> None:
-    """Raises DataError where a class cannot be trained or calibrated: now, not after an hour."""
+def check_held(val: Sequence[Sample], classes: Sequence[str], taxonomy: Taxonomy) -> None:
+    """Raises DataError where a class cannot be calibrated: now, not after an hour."""
     from collections import Counter
 
     from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_index, class_names
+    from cytodiffusion.release import class_index
 
-    classes = class_names(train, taxonomy)
     held = Counter(classes[class_index(sample.label, classes, taxonomy)] for sample in val)
     few = [f"{name}: {held[name]}" for name in classes if held[name] < 2]
     if few:
@@ -276,23 +276,25 @@ def write_bundle(
 
     from cytodiffusion.bundle import Parts, save_bundle
     from cytodiffusion.classify.evidence import DenoiserMeter
-    from cytodiffusion.classify.fit import race_part
-    from cytodiffusion.release import calibrate, commit, make_card, plan_of
+    from cytodiffusion.release import calibrate, calibrations, commit, make_card, plan_of
     from cytodiffusion.types import PIXELS, Classes
 
     classes, settings, learner = Classes(run.data.classes), run.settings, run.learner
     denoiser = run.denoiser("best" if run.best else "ema")
     if learner.space is PIXELS:
         denoiser.cpu()  # small, and quicker there on many threads
-    plan, on_gpu = plan_of(settings, learner.space), next(denoiser.parameters()).is_cuda
+    plan, on_gpu = (
+        plan_of(settings.together, learner.space, settings.seed),
+        next(denoiser.parameters()).is_cuda,
+    )
     workers = 1 if on_gpu else cores()
     torch.set_num_threads(1)  # one for each worker
+    meter = DenoiserMeter(denoiser, learner.radius)
     calibrated = console.follow(
         calibrate(
-            DenoiserMeter(denoiser, learner.radius), held, len(classes), settings.together, plan,
-            workers, learner.space,
+            meter, held, len(classes), settings.together, plan, workers, learner.space,
         ),
-        "calibrating", len(held.labels) + 2 * len(race_part(held.labels, plan.race_cells)), "cells",
+        "calibrating", calibrations(meter, held, plan), "cells",
     )  # fmt: skip
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},

@@ -15,7 +15,7 @@ Source: Karras et al. 2022, arXiv 2206.00364, table 1; v: Salimans and Ho 2022, 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -44,8 +44,24 @@ class EDMDenoiser(nn.Module):
         sigma: Float[Tensor, " n"],
         labels: Int[Tensor, "n k"],
     ) -> Float[Tensor, "n k c h w"]:
+        return self._guess(noisy, sigma, self.network(*self._inputs(noisy, sigma), labels))
+
+    def look(
+        self,
+        noisy: Float[Tensor, "n c h w"],
+        sigma: Float[Tensor, " n"],
+        labels: Int[Tensor, "n k"],
+    ) -> tuple[Float[Tensor, "n k c h w"], Float[Tensor, "m f"]]:
+        """The guesses, and the features that a network which can `look` makes them from."""
+        raw, features = cast(Any, self.network).look(*self._inputs(noisy, sigma), labels)
+        return self._guess(noisy, sigma, raw), features
+
+    def _inputs(self, noisy: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         total = (sigma**2 + self.sigma_data**2).sqrt()
-        raw = self.network(noisy / spread(total, 4), sigma.log() / 4, labels)
+        return noisy / spread(total, 4), sigma.log() / 4
+
+    def _guess(self, noisy: Tensor, sigma: Tensor, raw: Tensor) -> Tensor:
+        total = (sigma**2 + self.sigma_data**2).sqrt()
         skip = spread(self.sigma_data**2 / total**2, 5)
         out = spread(sigma * self.sigma_data / total, 5)
         return skip * noisy[:, None] + out * raw

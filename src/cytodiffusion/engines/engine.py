@@ -35,11 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cytodiffusion.classify.evidence import DenoiserMeter, Meter
+from cytodiffusion.classify.evidence import DenoiserMeter, LookingMeter, Meter
 from cytodiffusion.engines.graph import (
     EXTRAS,
     OPSET,
@@ -55,7 +56,7 @@ from cytodiffusion.types import Denoiser
 
 ROWS = 16  # rows of a batch
 LEVELS = 0.1, 3.0  # lowest and highest sigma at which engines are held against torch
-GRAPH = 2  # counts changes of the graphs, so that a cached one is not mistaken for today's
+GRAPH = 3  # counts changes of the graphs, so that a cached one is not mistaken for today's
 
 # Largest difference allowed between an engine's errors and torch's, relative to torch's.
 TOLERANCES = {
@@ -66,7 +67,8 @@ NEEDS = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"
 EXACT = ("onnxruntime", "openvino", "torch")  # the best first; all agree to rounding
 ROUNDED = ("onnxruntime-int8", "openvino-int8", *EXACT)
 
-Run = Callable[..., Float[Tensor, "n j"]]  # (clean, noise, sigma[, label]) of ROWS rows -> errors
+Told = tuple[Float[Tensor, "n j"], Float[Tensor, "n f"]]  # errors, and features where there are any
+Run = Callable[..., Told]  # (clean, noise, sigma[, label]) of ROWS rows -> what the graph tells
 
 
 # --- kept on disk --------------------------------------------------------------------------------
@@ -118,6 +120,7 @@ class GraphMeter:
 
     run: Run
     heads: bool
+    features: int = 0  # how many the graph tells
 
     @torch.inference_mode()
     def __call__(
@@ -128,11 +131,23 @@ class GraphMeter:
         labels: Int[Tensor, "n k"],
     ) -> Float[Tensor, "n k"]:
         if self.heads:
-            return self._all(clean, noise, sigma).gather(1, labels)
+            return self._all(clean, noise, sigma)[0].gather(1, labels)
         each = [t.repeat_interleave(labels.shape[1], dim=0) for t in (clean, noise, sigma)]
-        return self._all(*each, labels.flatten()).view(labels.shape)
+        return self._all(*each, labels.flatten())[0].view(labels.shape)
 
-    def _all(self, *inputs: Tensor) -> Float[Tensor, "n j"]:
+    @torch.inference_mode()
+    def look(
+        self,
+        clean: Float[Tensor, "n c h w"],
+        noise: Float[Tensor, "n c h w"],
+        sigma: Float[Tensor, " n"],
+        labels: Int[Tensor, "n k"],
+    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n f"]]:
+        """The errors and the features, from one pass of a graph with heads."""
+        errors, features = self._all(clean, noise, sigma)
+        return errors.gather(1, labels), features
+
+    def _all(self, *inputs: Tensor) -> Told:
         count = len(inputs[0])
         if count == ROWS:
             return self.run(*inputs)
@@ -140,7 +155,8 @@ class GraphMeter:
         for start in range(0, count, ROWS):
             rows = torch.arange(start, start + ROWS, device=inputs[0].device).clamp_max(count - 1)
             found.append(self.run(*(t[rows] for t in inputs)))
-        return torch.cat(found)[:count]
+        errors, features = (torch.cat(each)[:count] for each in zip(*found, strict=True))
+        return errors, features
 
 
 def installed(name: str) -> bool:
@@ -216,7 +232,7 @@ def _processors() -> int:
 def _bfloat16(network: ErrorNetwork) -> Run:
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Told:
         with torch.autocast("cpu", torch.bfloat16):
             return network(*inputs)
 
@@ -230,9 +246,9 @@ def run_onnxruntime(library: Any, graph: bytes, network: ErrorNetwork) -> Run:
     options.log_severity_level = 3  # errors only
     session = library.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Told:
         feed = {n: t.contiguous().numpy() for n, t in zip(network.inputs, inputs, strict=True)}
-        return torch.from_numpy(session.run(None, feed)[0])
+        return _told(session.run(None, feed))
 
     return run
 
@@ -257,20 +273,27 @@ def run_openvino(
     }
     compiled, mine = core.compile_model(model, "CPU", how), threading.local()
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Told:
         if not hasattr(mine, "request"):
             mine.request = compiled.create_infer_request()
         feed = {n: t.contiguous().numpy() for n, t in zip(network.inputs, inputs, strict=True)}
-        return torch.from_numpy(mine.request.infer(feed)[0].copy())
+        found = mine.request.infer(feed)
+        return _told([found[place].copy() for place in range(len(found))])
 
     return run
+
+
+def _told(outputs: list[np.ndarray]) -> Told:
+    """Errors, and features where the graph has them."""
+    errors, *others = (torch.from_numpy(each) for each in outputs)
+    return errors, others[0] if others else errors[:, :0]
 
 
 # --- held against torch --------------------------------------------------------------------------
 
 
 def difference(meter: Meter, denoiser: Denoiser, images: Float[Tensor, "m c h w"]) -> float:
-    """Largest difference of an engine's errors from torch's on these images, relative to torch's."""
+    """Largest difference of what an engine tells from what torch does, on these images: see `apart`."""
     network = ErrorNetwork(denoiser)
     clean, noise, sigma = (
         t.to(next(network.parameters()).device)
@@ -279,8 +302,18 @@ def difference(meter: Meter, denoiser: Denoiser, images: Float[Tensor, "m c h w"
     labels = torch.arange(network.network.settings.classes + 1, device=clean.device)
     labels = labels.expand(len(clean), -1)
     with torch.inference_mode():
-        wanted = DenoiserMeter(denoiser)(clean, noise, sigma, labels)
-        return float((meter(clean, noise, sigma, labels) / wanted - 1).abs().max())
+        rows, torchs = (clean, noise, sigma, labels), DenoiserMeter(denoiser)
+        if isinstance(meter, LookingMeter) and meter.features:
+            return apart(meter.look(*rows), torchs.look(*rows))
+        return float((meter(*rows) / torchs(*rows) - 1).abs().max())
+
+
+def apart(found: Told, wanted: Told) -> float:
+    """Largest difference of errors, relative to each; or of features, relative to the largest."""
+    errors = float((found[0] / wanted[0] - 1).abs().max())
+    if not wanted[1].shape[1]:
+        return errors
+    return max(errors, float((found[1] - wanted[1]).abs().max() / wanted[1].abs().max()))
 
 
 def check_difference(name: str, found: float) -> float:
@@ -294,6 +327,6 @@ def check_difference(name: str, found: float) -> float:
 
 
 def _checked(name: str, network: ErrorNetwork, denoiser: Denoiser, run: Run) -> Meter:
-    meter = GraphMeter(run, network.heads)
+    meter = GraphMeter(run, network.heads, network.network.features_told)
     check_difference(name, difference(meter, denoiser, discs(network.network.settings.size)))
     return meter

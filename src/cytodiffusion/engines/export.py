@@ -17,6 +17,7 @@ from cytodiffusion.engines.engine import (
     NEEDS,
     ROWS,
     TOLERANCES,
+    apart,
     check_difference,
     run_onnxruntime,
 )
@@ -41,16 +42,19 @@ little, so average them over noises and noise levels (see calibration.json of th
 | output | shape | meaning |
 |---|---|---|
 | `errors` | rows x {columns}, float32 | mean squared errors, squared image units; lower is better |
-
+{features}
 {order}
 
 Preprocessing: the centre square with a side of {crop:g} times the image's shorter side, resized to
 {size} x {size} px.
 
-`test_vectors.npz` has inputs under the names above, the `errors` they must give, and the `tolerance`:
-the largest difference allowed, relative to the error.
+`test_vectors.npz` has inputs under the names above, the outputs they must give, and the `tolerance`: the
+largest difference allowed, relative to the error, or to the largest feature.
 
 Licence of the model: {license}. Data it was trained on: {data_license}.
+"""
+FEATURES = """\
+| `features` | rows x {width}, float32 | what the guesses are made from, mean over the grid |
 """
 LABEL = "| `label` | rows, int64 | the class asked about |\n"
 
@@ -85,8 +89,9 @@ def export(
     with torch.inference_mode():
         wanted = network(*rows)
         found = run_onnxruntime(library, graph, network)(*rows)
-    worst = check_difference("onnxruntime", float((found / wanted - 1).abs().max()))
-    vectors = dict(zip(network.inputs, rows, strict=True)) | {"errors": wanted}
+    worst = check_difference("onnxruntime", apart(found, wanted))
+    vectors = dict(zip(network.inputs, rows, strict=True)) | {"errors": wanted[0]}
+    vectors |= {"features": wanted[1]} if network.heads else {}
     part = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -111,6 +116,7 @@ def _readme(network: ErrorNetwork, about: About) -> str:
     return README.format(
         name=about.name, opset=OPSET, size=network.network.settings.size, crop=about.crop,
         label="" if network.heads else LABEL, columns=len(about.classes) + 1 if network.heads else 1,
+        features=FEATURES.format(width=network.network.features_told) if network.heads else "",
         order=f"{'Columns' if network.heads else 'Labels'}: {listed}.",
         license=about.license, data_license=about.data_license,
     )  # fmt: skip

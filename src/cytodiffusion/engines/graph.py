@@ -1,4 +1,4 @@
-"""The graph: errors of a compact network without its guesses, in 32-bit floats or on 8 bits.
+"""The graph: errors and features of a compact network without its guesses, in 32-bit floats or on 8 bits.
 
 In the folded space, where the network works, the guess for "any cell" and its changes give
 
@@ -51,10 +51,11 @@ def need(library: str, extra: str | None = None) -> Any:
 
 
 class ErrorNetwork(nn.Module):
-    """Errors of an EDM denoiser with a compact network, without its guesses.
+    """Errors of an EDM denoiser with a compact network, without its guesses, and its features.
 
     heads: (clean, noise, sigma) -> n x (K + 1) errors, "any cell" last. conditional: (clean, noise,
-    sigma, label) -> n x 1. Mean squared errors in squared image units; lower explains better.
+    sigma, label) -> n x 1. Mean squared errors in squared image units; lower explains better. Features
+    are means of the grid that the heads work with, n x f; none in the conditional form.
     Raises ModelError for any other denoiser.
     """
 
@@ -75,7 +76,7 @@ class ErrorNetwork(nn.Module):
         noise: Float[Tensor, "n c h w"],
         sigma: Float[Tensor, " n"],
         label: Int[Tensor, " n"] | None = None,
-    ) -> Float[Tensor, "n j"]:
+    ) -> tuple[Float[Tensor, "n j"], Float[Tensor, "n f"]]:
         network, fold = self.network, self.network.settings.unshuffle
         s = sigma.view(-1, 1, 1, 1)
         total = (s**2 + self.sigma_data**2).sqrt()
@@ -88,9 +89,10 @@ class ErrorNetwork(nn.Module):
         left = left - functional.pixel_unshuffle(clean, fold)
         anyone = left.square().mean((1, 2, 3))[:, None]
         if network.change is None:
-            return anyone
+            return anyone, anyone[:, :0]
         each = left[:, None] + out[:, None] * network.change(grid)
-        return torch.cat([each.square().mean((2, 3, 4)), anyone], dim=1)
+        errors = torch.cat([each.square().mean((2, 3, 4)), anyone], dim=1)
+        return errors, grid.float().mean((2, 3))
 
     @property
     def inputs(self) -> list[str]:
@@ -199,11 +201,12 @@ def onnx_graph(network: ErrorNetwork) -> bytes:
     size = network.network.settings.size
     network = copy.deepcopy(network).eval()  # the exporter sets the mode of all that is inside
     rows, file = noisy_rows(discs(size), 2, 0.1, 1.0, network), io.BytesIO()
-    axes = {name: {0: "rows"} for name in [*network.inputs, "errors"]}
+    told = ["errors", "features"] if network.heads else ["errors"]
+    axes = {name: {0: "rows"} for name in [*network.inputs, *told]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network, tuple(rows), cast(Any, file), input_names=network.inputs,
-            output_names=["errors"], dynamic_axes=axes, opset_version=OPSET, dynamo=False,
+            output_names=told, dynamic_axes=axes, opset_version=OPSET, dynamo=False,
         )  # fmt: skip
     return file.getvalue()

@@ -5,18 +5,19 @@ good if strangers have the higher ones. Scores of a diffusion model, each alone,
 class k in trial i and E_any,i of "any cell" (higher is stranger):
 
     zeta        the paper's: how little the best class stands out, its normality turned round
-    pattern     class-conditional Mahalanobis distance of ln E_k - ln E_any and ln E_any, a1 of the
-                model (classify/anomaly.py)
+    pattern     class-conditional Mahalanobis distance of ln E_k - ln E_any and ln E_any
     margin      less the gap between the two highest logits
     doubt       -ln of the largest probability, a2 of the model
     typicality  Mahalanobis distance of ln E_any over noise levels to known cells: in both tails
-    features    class-conditional Mahalanobis distance of the trunk's features
+    features    the same of the trunk's features in the first trial
+    distance    the same of both, a1 of the model (classify/anomaly.py)
     neighbours  mean distance of the features to the nearest known cells
     error       the smallest error min_k E_k itself, which does not work: smooth strangers are easy
     combined    what the model tells as `anomaly` after all its trials; `balanced`: and stopping early
 
-`typicality`, `features` and `neighbours` are fitted here, on known cells that are not scored; the
-rest is what the model was calibrated with.
+`pattern`, `typicality`, `features` and `neighbours` are fitted here, on known cells that are not
+scored; the rest is what the model was calibrated with. A network without features for all classes has
+none of their scores.
 
 Source: Mahmood et al. 2021 (typicality over noise levels, MSMA), arXiv 2010.13132; Fawcett
 2006 (ROC analysis).
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, UInt8
 from markupsafe import Markup
 from sklearn.covariance import LedoitWolf
@@ -38,7 +38,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from cytodiffusion.classify import sequential
-from cytodiffusion.classify.anomaly import distance, doubt
+from cytodiffusion.classify.anomaly import distance, doubt, pattern
 from cytodiffusion.classify.classifier import ALARM, Budget, Classifier
 from cytodiffusion.classify.draws import Draws, stratified
 from cytodiffusion.classify.race import paper_weight, zeta
@@ -51,7 +51,6 @@ LEVELS, LOW, HIGH = 8, 0.05, 5.0  # of the trials that are spread over noise lev
 NEIGHBOURS = 5
 KNOWN, NORMAL, OURS = "known", "normal", "ours"  # names of sets, and of our method
 TOLD = "balanced"  # the score that `predict` tells
-Features = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n f"]]
 Scored = Mapping[tuple[str, str], Mapping[str, np.ndarray]]  # (method, score) -> set -> cells
 
 
@@ -98,31 +97,24 @@ def spread_trials(seed: int, scale: float = 1.0) -> Draws:
 
 
 def measure(
-    classifier: Classifier, features: Features | None, cells: Cells, workers: int = 1
+    classifier: Classifier, cells: Cells, workers: int = 1
 ) -> Generator[int, None, Measured]:
-    """Yield how many cells are measured; returns the errors and features of all, in their order.
-
-    Without `features` there are none, and no score of them.
-    """
+    """Yield how many cells are measured; returns the errors and features of all, in their order."""
     pixels = cells.pixels
     own = classifier.budget("full").draws
     draws = replace(own, trials=own.trials + spread_trials(own.seed, classifier.space.scale).trials)
     work = replace(classifier.measurement("full"), draws=draws, policy=None)
-    errors = np.full((len(pixels), len(draws), work.columns), np.nan, dtype=np.float32)
+    errors, features = work.nothing(classifier.meter, len(pixels))
 
     def prepare(place: int) -> tuple[Tensor, str]:
         return to_tensor(pixels[place]).to(classifier.device), cells.digests[place]
 
-    for done, (place, one) in enumerate(
+    for done, (place, *one) in enumerate(
         work.stream(classifier.meter, range(len(pixels)), prepare, workers), start=1
     ):
-        errors[place] = one
+        errors[place], features[place] = one
         yield done
-    found = np.zeros((len(pixels), 0), dtype=np.float32)
-    if features is not None:
-        seen = [features(to_tensor(pixels[i : i + 64])) for i in range(0, len(pixels), 64)]
-        found = torch.cat(seen).cpu().numpy()
-    return Measured(errors[:, : len(own)], errors[:, len(own) :], found)
+    return Measured(errors[:, : len(own)], errors[:, len(own) :], features)
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -145,13 +137,14 @@ def scores(
     } if known.features.shape[1] else {}  # fmt: skip
     return {
         "zeta": -zeta(cells.ladder[:, :, :-1], weights),
-        "pattern": model.distance(errors),
+        "pattern": _distances(pattern(known.errors), truth, pattern(cells.errors)),
+        "distance": model.distance(errors, cells.features),
         "margin": -sequential.gap(fitted.logits(classes)),
         "doubt": doubt(probabilities),
         "typicality": _distances(_logs(known), np.zeros_like(truth), _logs(cells)),
         **trunk,
         "error": cells.ladder[:, :, :-1].mean(1).min(1).astype(np.float64),
-        "combined": full.reader.anomaly(errors),
+        "combined": full.reader.anomaly(errors, cells.features),
         TOLD: as_told(classifier.budget("balanced"), cells),
     }
 
@@ -186,11 +179,11 @@ def as_told(budget: Budget, cells: Measured) -> Float[np.ndarray, " n"]:
     alive = np.ones(errors[:, 0, :-1].shape, dtype=bool)
     for depth in range(1, errors.shape[1]):
         running = alive.sum(1) > 1
-        alive[running] &= reader(errors[running, :depth])
+        alive[running] &= reader(errors[running, :depth], cells.features[running])
         errors[:, depth, :-1][~alive] = np.nan
         errors[~alive.all(1), depth, -1] = np.nan
         errors[alive.sum(1) <= 1, depth] = np.nan
-    return reader.anomaly(errors)
+    return reader.anomaly(errors, cells.features)
 
 
 def p_values(classifier: Classifier, cells: Measured) -> dict[str, Float[np.ndarray, " n"]]:

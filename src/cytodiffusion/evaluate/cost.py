@@ -31,7 +31,7 @@ from torch import Tensor
 
 from cytodiffusion.classify.classifier import Budget, Classifier, Reader
 from cytodiffusion.classify.draws import Draws
-from cytodiffusion.classify.measure import Measurement, Policy
+from cytodiffusion.classify.measure import Done, Measurement, Policy
 from cytodiffusion.classify.race import BettingRace, PaperRace
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import load_one
@@ -55,6 +55,7 @@ class Measured:
     """What one procedure measured on the cells, and how long it took."""
 
     errors: Float[np.ndarray, "n t k1"]
+    features: Float[np.ndarray, "n f"]
     truth: Int[np.ndarray, " n"]
     digests: tuple[str, ...]
     seconds: float
@@ -65,8 +66,8 @@ class Measured:
         part = path.with_suffix(".part")
         with part.open("wb") as file:
             np.savez_compressed(
-                file, errors=self.errors, truth=self.truth, digests=np.array(self.digests),
-                seconds=np.array(self.seconds),
+                file, errors=self.errors, features=self.features, truth=self.truth,
+                digests=np.array(self.digests), seconds=np.array(self.seconds),
             )  # fmt: skip
         part.replace(path)
 
@@ -75,7 +76,8 @@ class Measured:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             digests = tuple(file["digests"].tolist())
-            return cls(file["errors"], file["truth"], digests, float(file["seconds"]))
+            errors, features, truth = (file[name] for name in ("errors", "features", "truth"))
+            return cls(errors, features, truth, digests, float(file["seconds"]))
 
 
 def procedure(classifier: Classifier, name: str) -> tuple[Measurement, Budget]:
@@ -128,17 +130,21 @@ def measure(
         digests[place] = item.sha256
         return to_tensor(item.pixels).to(classifier.device), item.sha256
 
-    found: dict[int, np.ndarray] = {}
+    found: dict[int, Done] = {}
     began = time.perf_counter()
-    for place, errors in measurement.stream(classifier.meter, enumerate(samples), prepare, workers):
-        found[place] = errors
+    for cell in measurement.stream(classifier.meter, enumerate(samples), prepare, workers):
+        found[cell.place] = cell
         yield len(found)
     seconds = time.perf_counter() - began
     if not found:
         raise DataError(f"None of the {len(samples)} images could be read. Try: data check.")
     order = sorted(found)
     names = tuple(digests[place] for place in order)
-    return Measured(np.stack([found[place] for place in order]), truth[order], names, seconds)
+    errors, features = (
+        np.stack([getattr(found[place], name) for place in order])
+        for name in ("errors", "features")
+    )
+    return Measured(errors, features, truth[order], names, seconds)
 
 
 def passes(errors: Float[np.ndarray, "n t k1"], together: bool) -> Int[np.ndarray, "n t"]:
@@ -226,7 +232,7 @@ def dropped(
     gone = np.zeros(len(measured.truth), dtype=bool)
     for count in np.unique(ran):
         rows = np.flatnonzero(ran == count)
-        still = policy(measured.errors[rows, :count])
+        still = policy(measured.errors[rows, :count], measured.features[rows])
         gone[rows] = ~still[np.arange(len(rows)), which[rows]]
     return gone
 

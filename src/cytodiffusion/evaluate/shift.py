@@ -106,7 +106,7 @@ def logits(
         return np.mean(each, axis=0)
     each = []
     for one in measured:
-        table = classifier.table(one.errors, one.digests, "full")
+        table = classifier.table(one.errors, one.features, one.digests, "full")
         told = classifier.read(table, "full", answers=answers).probabilities
         each.append(np.log(told.clip(1e-30)))
     return np.mean(each, axis=0)

@@ -221,6 +221,11 @@ class CompactNetwork(nn.Module):
         self.filters = Filters(pixels, embedding)
         self.change = None if conditional else Change(settings, pixels)
 
+    @property
+    def features_told(self) -> int:
+        """How many features `look` gives; those of the class-conditional form belong to a class."""
+        return self.settings.width if self.change is not None else 0
+
     def embedding(
         self, log_sigma: Float[Tensor, " n"], label: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n e"]:
@@ -258,6 +263,15 @@ class CompactNetwork(nn.Module):
         log_sigma: Float[Tensor, " n"],
         labels: Int[Tensor, "n k"],
     ) -> Float[Tensor, "n k c h w"]:
+        return self.look(image, log_sigma, labels)[0]
+
+    def look(
+        self,
+        image: Float[Tensor, "n c h w"],
+        log_sigma: Float[Tensor, " n"],
+        labels: Int[Tensor, "n k"],
+    ) -> tuple[Float[Tensor, "n k c h w"], Float[Tensor, "m f"]]:
+        """The guesses, and the features that they are made from: means over the grid."""
         n, k = labels.shape
         label = None
         if self.label is not None:
@@ -267,9 +281,10 @@ class CompactNetwork(nn.Module):
         grid = self.features(image, log_sigma, label)
         guess = self.shared(grid, image, log_sigma, label)
         if self.change is None:
-            return self._pixels(guess).view(n, k, *image.shape[1:])
+            return self._pixels(guess).view(n, k, *image.shape[1:]), grid.mean((2, 3))
         every = torch.cat([guess[:, None] + self.change(grid), guess[:, None]], dim=1)
-        return self._pixels(every[torch.arange(n, device=labels.device)[:, None], labels])
+        chosen = every[torch.arange(n, device=labels.device)[:, None], labels]
+        return self._pixels(chosen), grid.mean((2, 3))
 
     def _pixels(self, folded: Tensor) -> Tensor:
         return functional.pixel_shuffle(folded, self.settings.unshuffle)

@@ -30,6 +30,7 @@ from cytodiffusion.diffusion.precondition import VPDenoiser
 from cytodiffusion.errors import ModelError, SettingsError
 from cytodiffusion.networks.pretrained import Schedule, check_shape, library
 
+LATENT = "U-Net of Stable Diffusion's shape, class by class"
 UNIT = 2.0  # latents have standard deviation 1, pixels one half
 
 

@@ -34,6 +34,7 @@ from cytodiffusion.diffusion.precondition import VPDenoiser, clean_guess, spread
 from cytodiffusion.errors import MissingExtra
 from cytodiffusion.files import whole
 from cytodiffusion.networks.latent import (
+    LATENT,
     LatentNetwork,
     LatentSpace,
     check_unet,
@@ -53,7 +54,7 @@ ROWS = 16  # images encoded at a time
 class LatentLearner(Learner):
     """A U-Net of diffusers, the frozen autoencoder before it, and its loss."""
 
-    form = "U-Net of Stable Diffusion's shape, class by class"
+    form = LATENT
 
     def __init__(self, settings: TrainSettings, classes: int) -> None:
         super().__init__()
