@@ -245,15 +245,9 @@ def end(work: Iterator) -> object:
 
 def test_scores_are_what_the_classifier_tells(model: Model) -> None:
     """One measurement of all trials gives what `full` and `balanced` would have measured."""
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return images.mean((2, 3))
-
     known, cells = discs(8, 0), discs(4, 40)
-    found = end(measure(model.classifier, features, cells))
-    told = scores(
-        model.classifier, end(measure(model.classifier, features, known)), known.labels, found
-    )
+    found = end(measure(model.classifier, cells))
+    told = scores(model.classifier, end(measure(model.classifier, known)), known.labels, found)
     for budget, name in (("full", "combined"), ("balanced", "balanced"), ("fast", None)):
         table = model.classifier.measure(to_tensor(cells.pixels), cells.digests, budget)
         reading = model.classifier.read(table, budget)
@@ -266,15 +260,12 @@ def test_scores_are_what_the_classifier_tells(model: Model) -> None:
 
 
 def test_strange_features_are_far_from_known_ones(model: Model) -> None:
-    """Grey fields among coloured discs: their mean colour is like none; only the features see it."""
+    """Grey fields among coloured discs."""
     grey = discs(2, 60)
     grey = Cells(np.full_like(grey.pixels, 20), grey.labels, grey.digests)
-
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return images.mean((2, 3))
-
     known, normal = discs(8, 0), discs(4, 40)
-    measured = [end(measure(model.classifier, features, cells)) for cells in (known, normal, grey)]
+    measured = [end(measure(model.classifier, cells)) for cells in (known, normal, grey)]
+    assert measured[0].features.shape == (16, model.classifier.meter.features)
     told = [scores(model.classifier, measured[0], known.labels, each) for each in measured[1:]]
     for name in ("features", "neighbours"):
         assert told[1][name].min() > told[0][name].max(), name

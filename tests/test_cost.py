@@ -171,7 +171,8 @@ def measured(right: np.ndarray, seconds: float = 1.0) -> Measured:
     truth = np.arange(len(right)) % 2
     errors = np.ones((len(right), 1, 3), dtype=np.float32)
     errors[np.arange(len(right)), 0, np.where(right, truth, 1 - truth)] = 0.5
-    return Measured(errors, truth, tuple(map(str, range(len(right)))), seconds)
+    nothing = np.zeros((len(right), 0), dtype=np.float32)
+    return Measured(errors, nothing, truth, tuple(map(str, range(len(right)))), seconds)
 
 
 class Lowest:

@@ -380,11 +380,16 @@ def test_export_round_trip(form: Form, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     with np.load(folder / "test_vectors.npz", allow_pickle=False) as vectors:
         inputs = {entry.name: vectors[entry.name] for entry in session.get_inputs()}
-        wanted, tolerance = vectors["errors"], float(vectors["tolerance"])
+        outputs = ["errors", "features"]
+        assert [entry.name for entry in session.get_outputs()] == outputs
+        vectors = {name: vectors[name] for name in (*outputs, "tolerance")}
+    wanted, tolerance = vectors["errors"], float(vectors["tolerance"])
     assert list(inputs) == ["clean", "noise", "sigma", *(["label"] * (form == "conditional"))]
     for count in (len(wanted), 1, 5):  # any number of rows
-        (found,) = session.run(None, {name: value[:count] for name, value in inputs.items()})
+        found, seen = session.run(None, {name: v[:count] for name, v in inputs.items()})
         np.testing.assert_allclose(found, wanted[:count], rtol=tolerance)
+        atol = tolerance * np.abs(vectors["features"]).max()
+        np.testing.assert_allclose(seen, vectors["features"][:count], rtol=0, atol=atol)
     labels = (
         torch.arange(4).expand(16, -1)
         if form == "heads"

@@ -6,6 +6,7 @@ import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ little, so average them over noises and noise levels (see calibration.json of th
 | output | shape | meaning |
 |---|---|---|
 | `errors` | rows x {columns}, float32 | mean squared errors, squared image units; lower is better |
-{features}
+| `features` | rows x {width}, float32 | what the guesses are made from, mean over the grid |
+
 {order}
 
 Preprocessing: the centre square with a side of {crop:g} times the image's shorter side, resized to
@@ -52,9 +54,6 @@ Preprocessing: the centre square with a side of {crop:g} times the image's short
 largest difference allowed, relative to the error, or to the largest feature.
 
 Licence of the model: {license}. Data it was trained on: {data_license}.
-"""
-FEATURES = """\
-| `features` | rows x {width}, float32 | what the guesses are made from, mean over the grid |
 """
 LABEL = "| `label` | rows, int64 | the class asked about |\n"
 
@@ -90,14 +89,14 @@ def export(
         wanted = network(*rows)
         found = run_onnxruntime(library, graph, network)(*rows)
     worst = check_difference("onnxruntime", apart(found, wanted))
-    vectors = dict(zip(network.inputs, rows, strict=True)) | {"errors": wanted[0]}
-    vectors |= {"features": wanted[1]} if network.heads else {}
+    vectors = dict(zip(network.inputs, rows, strict=True))
+    vectors |= dict(zip(("errors", "features"), wanted, strict=True))
     part = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         (part / "model.onnx").write_bytes(graph)
-        arrays = {name: value.numpy() for name, value in vectors.items()}
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in vectors.items()}
         np.savez(part / "test_vectors.npz", **arrays, tolerance=TOLERANCES["onnxruntime"])
         (part / "README.md").write_text(_readme(network, about))
         shutil.rmtree(folder, ignore_errors=True)
@@ -116,7 +115,7 @@ def _readme(network: ErrorNetwork, about: About) -> str:
     return README.format(
         name=about.name, opset=OPSET, size=network.network.settings.size, crop=about.crop,
         label="" if network.heads else LABEL, columns=len(about.classes) + 1 if network.heads else 1,
-        features=FEATURES.format(width=network.network.features_told) if network.heads else "",
+        width=network.network.settings.width,
         order=f"{'Columns' if network.heads else 'Labels'}: {listed}.",
         license=about.license, data_license=about.data_license,
     )  # fmt: skip

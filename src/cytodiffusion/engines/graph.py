@@ -55,7 +55,7 @@ class ErrorNetwork(nn.Module):
 
     heads: (clean, noise, sigma) -> n x (K + 1) errors, "any cell" last. conditional: (clean, noise,
     sigma, label) -> n x 1. Mean squared errors in squared image units; lower explains better. Features
-    are means of the grid that the heads work with, n x f; none in the conditional form.
+    are means of the grid that the guesses are made from, n x f.
     Raises ModelError for any other denoiser.
     """
 
@@ -88,11 +88,11 @@ class ErrorNetwork(nn.Module):
         left = self.sigma_data**2 / total * seen + out * base
         left = left - functional.pixel_unshuffle(clean, fold)
         anyone = left.square().mean((1, 2, 3))[:, None]
+        features = grid.float().mean((2, 3))
         if network.change is None:
-            return anyone, anyone[:, :0]
+            return anyone, features
         each = left[:, None] + out[:, None] * network.change(grid)
-        errors = torch.cat([each.square().mean((2, 3, 4)), anyone], dim=1)
-        return errors, grid.float().mean((2, 3))
+        return torch.cat([each.square().mean((2, 3, 4)), anyone], dim=1), features
 
     @property
     def inputs(self) -> list[str]:
@@ -201,7 +201,7 @@ def onnx_graph(network: ErrorNetwork) -> bytes:
     size = network.network.settings.size
     network = copy.deepcopy(network).eval()  # the exporter sets the mode of all that is inside
     rows, file = noisy_rows(discs(size), 2, 0.1, 1.0, network), io.BytesIO()
-    told = ["errors", "features"] if network.heads else ["errors"]
+    told = ["errors", "features"]
     axes = {name: {0: "rows"} for name in [*network.inputs, *told]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
