@@ -201,7 +201,7 @@ def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def recalibrated(
     folder: Path, model: Model, budgets: dict[str, Budget], card: str, origin: dict[str, Any]
 ) -> None:
-    """Write a model with other budgets to a new folder. Raises OutputError."""
+    """Write a model with other budgets to a new folder, with all else that it holds. Raises OutputError."""
     texts = {name: (model.folder / name).read_text() for name in ("LICENSE", "data_license.txt")}
     save_bundle(
         folder,
@@ -212,6 +212,10 @@ def recalibrated(
             space=model.space, radius=getattr(model.classifier.meter, "radius", None),
         ),
     )  # fmt: skip
+    for path in _visible(model.folder):
+        if path.name not in (*FILES, "checksums.json"):  # as drawing.json: of the weights
+            shutil.copy(path, folder)
+    _write_checksums(folder)
 
 
 def replace_texts(folder: Path, texts: dict[str, str]) -> None:
