@@ -196,6 +196,8 @@ def frames(folder: Path, count: int, scale: float, light: float) -> Path:
         (8, 1.8, 1.0, [], "scale"),
         (8, 1.0, 0.8, [], "light"),
         (8, 1.6, 0.8, [], "light,scale"),
+        (8, 1.25, 0.8, [], "light,scale"),  # in other light even that is another scale
+        (8, 0.5, 0.8, [], "light"),  # but platelets stay platelets
         (8, 1.6, 0.8, ["--crop", "0.7"], "light"),  # what is given stays
         (7, 1.6, 0.8, [], "nothing"),  # too few to tell
     ],

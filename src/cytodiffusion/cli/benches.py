@@ -35,9 +35,10 @@ def load_baseline(folder: Path, model: Model) -> Baseline:
     if not (folder / "baseline.json").is_file():
         raise ModelError(f"{folder} is no baseline: it has no baseline.json.")
     found = Baseline.load(folder, str(model.classifier.device))
-    same = found.preprocess.size == model.preprocess.size, found.classes == model.classes
-    if not all(same):
-        raise ModelError(f"The baseline {folder} has another image size or other classes.")
+    if (found.preprocess, found.classes) != (model.preprocess, model.classes):
+        raise ModelError(
+            f"The baseline {folder} sees images of another size, crop or light, or knows other classes."
+        )
     return found
 
 

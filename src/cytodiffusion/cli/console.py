@@ -54,8 +54,9 @@ Match = Annotated[
     typer.Option(
         "--match",
         help="Bring images of white cells to the look of those the model was trained on: light, scale "
-        "(one crop for all, from the size of their nuclei), light,scale or nothing. auto: what is "
-        "needed where 8 white cells or more clearly look different; it says so.",
+        "(one crop for all, from the size of their nuclei), light,scale or nothing. auto: what up to 32 "
+        "of the images show to be needed, if 8 white cells or more are in them; it says so. Cells that "
+        "look smaller are left alone.",
     ),
 ]
 Coverage = Annotated[float, typer.Option("--coverage", help="Of the conformal sets.")]

@@ -19,6 +19,7 @@ from cytodiffusion.cli.console import (
     Device,
     Engine,
     Json,
+    Match,
     ModelName,
     Out,
     Seed,
@@ -28,6 +29,7 @@ from cytodiffusion.cli.console import (
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+    from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.load import Loaded
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.explain.counterfactual import Explanation, Settings
@@ -61,6 +63,7 @@ def explain(
     ] = True,
     budget: Budget = "balanced",
     crop: Crop = None,
+    match: Match = "auto",
     engine: Engine = "auto",
     json: Json = False,
     seed: Seed = 0,
@@ -72,21 +75,26 @@ def explain(
     cells that were explained in the same way are not explained anew.
     """
     from cytodiffusion.bundle import load
+    from cytodiffusion.cli.predict import matching
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.explain.counterfactual import Settings
+    from cytodiffusion.predictions import Request
 
     console = Console(json)
     samples = [sample for path in images for sample in read_dataset(path)]
     loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
+    light, fit = matching(match, crop, samples, loaded, console)
     work = Work(
-        loaded, Settings(seed=seed), _classes(loaded, against or []), budget, crop, faithful
-    )
+        loaded, Settings(seed=seed), _classes(loaded, against or []), budget,
+        Request(crop=fit, light=light).preprocess(loaded), faithful,
+    )  # fmt: skip
     console.note(NOTICE)
     rows = _run(work, samples, out, console)
     words: list[object] = ["cytodiffusion", "explain", *images, "-o", out, "-m", model]
     words += [part for name in against or [] for part in ("--against", name)]
-    words += ["--budget", budget, *(["--crop", crop] if crop else []), "--seed", seed]
+    words += ["--budget", budget, *(["--crop", crop] if crop else []), "--match", match]
+    words += ["--seed", seed]
     words += [] if faithful else ["--no-faithful"]
     _page(work, rows, out, shlex.join(map(str, words)))
     values = {"cells": len(samples) - console.unread, "explanations": rows, "out": str(out)}
@@ -111,7 +119,7 @@ class Work:
     settings: Settings
     against: list[str]
     budget: str
-    crop: float | None
+    preprocess: Preprocess
     faithful: bool
 
     @cached_property
@@ -120,18 +128,15 @@ class Work:
         import hashlib
 
         checksums = (self.model.folder / "checksums.json").read_text()
-        about = (KIND, checksums, self.settings, self.against, self.budget, self.crop,
+        about = (KIND, checksums, self.settings, self.against, self.budget, self.preprocess,
                  self.faithful, self.model.engine)  # fmt: skip
         return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
 
     def load(self, sample: Sample) -> Loaded:
-        """The image at the model's crop and size."""
+        """The image as `predict` shows it to the network."""
         from cytodiffusion.data.load import load_one
 
-        preprocess = self.model.preprocess
-        if self.crop:
-            preprocess = preprocess.model_copy(update={"crop": self.crop})
-        return load_one(sample, preprocess)
+        return load_one(sample, self.preprocess)
 
     def others(self, probabilities: Any) -> tuple[str, list[str]]:
         """The name of a cell, and the classes to explain it against."""

@@ -26,8 +26,10 @@ Colour = tuple[float, float, float]
 Match = Literal["nothing", "light", "stain"]
 
 LIGHT = 0.05  # optical density; single frames of PBC lie within 0.01 of each other
-LARGER = 1.35  # nuclei of monocytes are 1.27 times the median of PBC
-LARGER_AT_HOME = 1.7  # those of promyelocytes 1.48; a crop to the model's own 55 % makes them 1.8
+LARGER_ABROAD = (
+    1.1  # with other light it is another laboratory, whose frames have a scale of their own
+)
+LARGER_AT_HOME = 1.7  # promyelocytes of PBC have 1.48; a crop to the model's own 55 % makes 1.8
 
 
 class Look(BaseModel):
@@ -81,7 +83,7 @@ def larger_cells(here: Look, there: Look) -> bool:
     In the light of training they may be of the class with the largest nuclei, taken as in training.
     Smaller ones are left alone: they may be platelets.
     """
-    least = LARGER if other_light(here, there) else LARGER_AT_HOME
+    least = LARGER_ABROAD if other_light(here, there) else LARGER_AT_HOME
     return here.nucleus > least * there.nucleus
 
 

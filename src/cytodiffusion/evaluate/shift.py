@@ -65,7 +65,7 @@ STEPS = {
     "chosen + each": replace(CHOSEN, scale="each"),
     "chosen + zooms": replace(CHOSEN, zooms=(0.87, 1.0, 1.15)),
 }
-FOR_BASELINES = ("as trained", "light + scale", "light + scale + centre")  # the others: about noise
+FOR_BASELINES = ("as trained", "light + scale", "light + scale + centre")
 
 
 @dataclass(frozen=True)

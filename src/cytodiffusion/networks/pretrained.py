@@ -99,13 +99,15 @@ def read_pretrained(where: str | Path, variant: str | None = None) -> Pretrained
 
 def check_shape(config: Mapping[str, Any]) -> None:
     """Raises ModelError where a U-Net of this configuration is not of Stable Diffusion 1's or 2's shape."""
-    extra = [name for name in CONDITIONS if config.get(name) is not None]
-    first = config.get("down_block_types", ["CrossAttnDownBlock2D"])[0]
-    one_width = isinstance(config.get("cross_attention_dim", 1280), int)
-    if extra or first != "CrossAttnDownBlock2D" or not one_width:
+    wrong = [name for name in CONDITIONS if config.get(name) is not None]
+    first, *_ = config.get("down_block_types", ["CrossAttnDownBlock2D"]) or ["none"]
+    width = config.get("cross_attention_dim", 1280)
+    wrong += [first] if first != "CrossAttnDownBlock2D" else []
+    wrong += [] if isinstance(width, int) else [f"cross_attention_dim {width}"]
+    if wrong:
         raise ModelError(
-            f"This U-Net is not of Stable Diffusion 1's or 2's shape ({', '.join([first, *extra])}): its "
-            "first block must have cross-attention, and nothing but text as its condition."
+            f"This U-Net is not of Stable Diffusion 1's or 2's shape ({', '.join(wrong)}): its first block "
+            "must have cross-attention, of one width, and nothing but text as its condition."
         )
 
 
