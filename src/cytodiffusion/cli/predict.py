@@ -79,7 +79,12 @@ def predict(
     )
     rows = name_all(loaded, samples, request, out, console)
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
-    finish(rows, out, console)
+    finish(
+        rows,
+        out,
+        console,
+        more={name: request.fingerprint(loaded)[name] for name in ("crop", "match")},
+    )
 
 
 def matching(
@@ -195,14 +200,19 @@ def report(
     """Write OUT/report.html, with pictures of the cells that need a look."""
     from cytodiffusion.evaluate.report import write_report
 
+    shown = request.preprocess(model)
     facts = {
         "model": model.name,
         "budget": request.budget,
         "asked coverage of the sets": request.coverage,
-        "crop": request.preprocess(model).crop,
-        "brought to the model's": request.preprocess(model).match,
+        "crop": shown.crop,
+        "light": "as it is"
+        if shown.match == "nothing"
+        else f"brought to the model's ({shown.match})",
         "command": call,
     }
+    said = "The frames were brought to the light of those that the model was trained on. Check the names."
+    notes = [said] if request.light else []
     write_report(
         out / "report.html",
         title=title,
@@ -211,7 +221,7 @@ def report(
         classes=list(request.answers or model.classes.names),
         thumbnails=_thumbnails(model, samples, rows, request),
         facts=facts,
-        notes=[],
+        notes=notes,
     )
 
 
@@ -238,9 +248,9 @@ def _thumbnails(
 
 def finish(
     rows: list[Row], out: Path, console: Console, metrics: dict[str, Any] | None = None,
-    measured: Sequence[str] = (),
+    measured: Sequence[str] = (), more: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Print the result, `metrics` where there are any; exit with 1 if some images were not read."""
+    """Print the result, or `metrics` where there are any; exit with 1 if some images were not read."""
     flags = Counter(row["flag"] for row in rows)
     names = Counter(row["predicted"] for row in rows if row["flag"] != "unreadable")
     for row in rows:
@@ -249,6 +259,7 @@ def finish(
     lines = [f"{name:<22} {count:>7,}" for name, count in names.most_common()]
     told = ", ".join(f"{count:,} {flag}" for flag, count in flags.most_common())
     values = {"cells": len(rows), "counts": dict(names), "flags": dict(flags), "out": str(out)}
+    values |= more or {}
     text = [*lines, f"{len(rows):,} cells: {told}.", *measured, f"See {out}."]
     console.result(metrics or values, "\n".join(text))
     if flags["unreadable"]:

@@ -28,7 +28,9 @@ UNSAID = "No licence has been stated for {} yet.\n"
 def train(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")],
-    preset: Annotated[str, typer.Option(help="tiny, cpu, cpu-far, gpu, gpu-large or paper-...")] = "cpu",
+    preset: Annotated[
+        str, typer.Option(help="tiny, cpu, cpu-far, gpu, gpu-large or paper-...")
+    ] = "cpu",
     splits: Annotated[
         Path | None, typer.Option(help="CSV with path,label,split; else one is made.")
     ] = None,
