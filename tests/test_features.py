@@ -332,6 +332,13 @@ def test_a_model_with_features_says_what_a_table_lacks() -> None:
         assert "\n" not in str(told.value)
 
 
+def test_a_model_without_features_passes_over_those_it_is_given() -> None:
+    errors, truth, probabilities, features = known(60, 3)
+    model, _ = fit_anomaly(errors, truth, probabilities)
+    with_them = model.anomaly(errors, probabilities, features)
+    np.testing.assert_array_equal(with_them, model.anomaly(errors, probabilities))
+
+
 # --- budgets, tables, replay ---------------------------------------------------------------------
 
 SEQUENCE = stratified(4, 0.3, 2.0, frozen=True)
