@@ -316,13 +316,13 @@ def write_bundle(
     card = make_card(
         name, classes, settings.preprocess, learner.form, parameters, calibrated, origin
     )
-    notes = {"license": UNSAID.format("these weights"), "data_license": UNSAID.format("the images")}
     save_bundle(
         folder,
         Parts(
             name=name, denoiser=denoiser, classes=classes, preprocess=settings.preprocess,
             budgets=calibrated.budgets, taxonomy=taxonomy, card=card, origin=origin,
-            space=learner.space, radius=learner.radius, **notes,
+            space=learner.space, radius=learner.radius, license=UNSAID.format("these weights"),
+            data_license=UNSAID.format("the images"),
         ),
     )  # fmt: skip
     return {"bundle": str(folder), "validation": calibrated.scores}
