@@ -451,6 +451,12 @@ def test_measured_live_is_as_told_from_all_trials(classifier: Classifier) -> Non
     ran = (~np.isnan(table.errors[:, :, 0])).sum(1)
     assert ran[:90].mean() < 3
     assert (ran[90:] == 4).all()
+    assert len(set(ran.tolist())) > 1
+    reader = budget.reader  # each cell by itself, at its depth, with its own features
+    for i in range(0, 110, 3):
+        depth, told = reader.depths[ran[i] - 1], reader.probabilities(table.errors[i : i + 1])
+        own = table.errors[i : i + 1, : ran[i]], told, table.features[i : i + 1]
+        assert live.read(table, "lax").anomaly[i] == pytest.approx(depth.anomalies.anomaly(*own)[0])
     every = classifier.measure(drawn, digests, "full")
     assert np.array_equal(every.features, table.features)
     told = bench.as_told(budget, bench.Measured(every.errors, every.errors, every.features))
