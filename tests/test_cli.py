@@ -663,6 +663,19 @@ def test_train_names_what_it_cannot_read(tiny: Tiny, tmp_path: Path, monkeypatch
     assert f"Not read: {bad}: the file is empty" in told.err
 
 
+def test_train_counts_the_held_out_images_that_it_could_read(tiny: Tiny, tmp_path: Path) -> None:
+    """Before it trains, not when it calibrates."""
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    splits = tiny.run / "splits.csv"
+    held = [row for row in table(splits) if row["split"] == "val" and row["label"] == CLASSES[0]]
+    for row in held[1:]:
+        (source / row["path"]).write_bytes(b"")
+    told = cli("train", source, "-o", tmp_path / "run", "--splits", splits, *TINY)
+    assert told.code == 2, told.err
+    assert f"the split 'val', of what could be read, has {CLASSES[0]}: 1." in told.complaint
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
 def test_a_helper_process_leaves_the_complaints_to_the_main_one(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,6 +136,25 @@ def test_engines_agree_with_torch(name: str, form: Form) -> None:
     assert meter(*turned).flip(0).equal(found)
 
 
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+@pytest.mark.parametrize("place", [0, 1], ids=["errors", "features"])
+def test_an_engine_is_held_to_errors_and_features(place: int, wrong: float) -> None:
+    """One number of either that is off, or none at all, is seen; right ones pass."""
+    network = ErrorNetwork(denoiser("heads"))
+
+    def spoilt(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        told = network(*inputs)
+        largest = int(told[place].abs().argmax())
+        told[place].view(-1)[largest] *= wrong
+        return told
+
+    features = network.network.features_told
+    good, bad = (GraphMeter(run, heads=True, features=features) for run in (network, spoilt))
+    assert difference(good, denoiser("heads"), discs(16)) < 1e-5
+    with pytest.raises(ModelError, match="does not give this model's errors"):
+        check_difference("onnxruntime-int8", difference(bad, denoiser("heads"), discs(16)))
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_threads_and_restarts_change_no_bit(name: str) -> None:
     batches = [rows(ROWS), [t.flip(0) for t in rows(ROWS)]]

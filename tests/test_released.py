@@ -135,6 +135,35 @@ def test_red_cells_are_stranger(data_root: Path, measured: Path, tmp_path: Path)
     assert sum(strange) / len(strange) > sum(normal) / len(normal)
 
 
+@pytest.mark.real
+def test_two_cells_in_a_frame_are_no_cell(pbc: Path, chosen: Path) -> None:
+    """By the features of the first pass: 24 cells beside their turned mirror images."""
+    import numpy as np
+    from sklearn.metrics import roc_auc_score
+
+    from cytodiffusion.data.images import to_tensor
+    from cytodiffusion.data.load import load_one
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.evaluate.corruptions import corrupted
+
+    model = load("pbc8", engine="torch")
+    samples = read_dataset(pbc, splits=chosen)[::5]
+    assert len(samples) == 24
+    wide, plain = ([load_one(s, model.preprocess, margin) for s in samples] for margin in (1.5, 1))
+    digests = [item.sha256 for item in plain]
+    canvases = np.stack([item.pixels for item in wide])
+    doubled = corrupted("two cells", canvases, digests, model.preprocess.size, SEED)
+    told = []
+    for pixels in (np.stack([item.pixels for item in plain]), doubled):
+        table = model.classifier.measure(to_tensor(pixels), digests)
+        told.append(model.classifier.read(table))
+    normal, strange = told
+    assert strange.flags.count("anomalous") >= 12
+    assert normal.flags.count("anomalous") <= 3
+    scores = np.concatenate([normal.anomaly, strange.anomaly])
+    assert roc_auc_score(np.repeat([0, 1], 24), scores) > 0.95
+
+
 @pytest.mark.skipif(not (ZOO.parent / "demo").is_dir(), reason="the demo cells are not there yet")
 def test_the_demo(tmp_path: Path) -> None:
     told = cli("demo", "-o", tmp_path, "--device", "cpu")

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ FILES = (
     "config.json", "model.safetensors", "preprocess.json", "labels.yaml", "calibration.json",
     "card.md", "LICENSE", "data_license.txt", "test_vectors.npz",
 )  # fmt: skip
+CHECKSUMS = "checksums.json"
 ZOO = Path(__file__).parent / "zoo"
 DEMO = ZOO.parent / "demo"
 DEFAULT_MODEL = "pbc8"
@@ -134,6 +135,7 @@ class Parts:
     origin: dict[str, Any]  # recipe, commit, seed, data: what the card states, for machines
     space: Space = PIXELS  # where noise is added
     radius: float | None = None  # of the disc within which errors count, pixels of the space
+    others: dict[str, bytes] = field(default_factory=dict)  # more files, as drawing.json
 
 
 def save_bundle(folder: Path, parts: Parts) -> None:
@@ -186,6 +188,8 @@ def _write(folder: Path, parts: Parts) -> None:
     (folder / "card.md").write_text(parts.card)
     (folder / "LICENSE").write_text(parts.license)
     (folder / "data_license.txt").write_text(parts.data_license)
+    for name, content in parts.others.items():
+        (folder / name).write_bytes(content)
     read = _network(config, weights)
     _write_vectors(folder / "test_vectors.npz", read, parts.preprocess.size, parts.classes)
     _write_checksums(folder)
@@ -201,8 +205,12 @@ def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def recalibrated(
     folder: Path, model: Model, budgets: dict[str, Budget], card: str, origin: dict[str, Any]
 ) -> None:
-    """Write a model with other budgets to a new folder, with all else that it holds. Raises OutputError."""
+    """Write a model with other budgets, and all else that it holds, whole or not at all.
+
+    The folder may be the model's own. Raises OutputError.
+    """
     texts = {name: (model.folder / name).read_text() for name in ("LICENSE", "data_license.txt")}
+    others = [path for path in _visible(model.folder) if path.name not in (*FILES, CHECKSUMS)]
     save_bundle(
         folder,
         Parts(
@@ -210,12 +218,24 @@ def recalibrated(
             preprocess=model.preprocess, budgets=budgets, taxonomy=model.taxonomy, card=card,
             license=texts["LICENSE"], data_license=texts["data_license.txt"], origin=origin,
             space=model.space, radius=getattr(model.classifier.meter, "radius", None),
+            others={path.name: path.read_bytes() for path in others},
         ),
     )  # fmt: skip
-    for path in _visible(model.folder):
-        if path.name not in (*FILES, "checksums.json"):  # as drawing.json: of the weights
-            shutil.copy(path, folder)
-    _write_checksums(folder)
+
+
+def check_place(folder: Path) -> None:
+    """Raises OutputError for what is no place for a bundle: a file, or a folder with other files in it."""
+    try:
+        present = {path.name for path in _visible(folder)} if folder.exists() else set()
+        listed = json.loads((folder / CHECKSUMS).read_text()) if CHECKSUMS in present else {}
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"No bundle can be written to {folder} ({error}). Choose another."
+        ) from error
+    if not present <= {CHECKSUMS, *listed}:
+        raise OutputError(
+            f"{folder} has other files in it, in whose place the bundle would be. Choose a new folder."
+        )
 
 
 def replace_texts(folder: Path, texts: dict[str, str]) -> None:
@@ -380,6 +400,11 @@ def load(
     folder = find_bundle(model)
     check_files(folder)
     config = json.loads((folder / "config.json").read_text())
+    if str(config.get("format")) in map(str, range(1, FORMAT)):
+        raise ModelError(
+            f"{folder} has format {config['format']}, of an older cytodiffusion; this version reads format "
+            f"{FORMAT}. Run its `train` again, which calibrates a finished run anew."
+        )
     if config.get("format") != FORMAT or config.get("network") not in ("compact", "latent"):
         raise ModelError(
             f"{folder} has format {config.get('format')} and network '{config.get('network')}'; this "

@@ -63,9 +63,11 @@ class AnomalyModel:
     ) -> Float[np.ndarray, " m"]:
         """a1: how far from the nearest class, zero or more.
 
-        Raises DataError where the model was fitted with features and there are none.
+        Features are passed over where the model was fitted without. Raises DataError where it was fitted
+        with features and there are none.
         """
-        g = pattern(errors, features)
+        trials, columns = errors.shape[1:]
+        g = pattern(errors, None if self.means.shape[1] == trials * columns else features)
         if g.shape[1] != self.means.shape[1]:
             raise DataError(
                 "These errors were kept without the network's features, by which this model also judges "

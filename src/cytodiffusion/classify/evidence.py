@@ -85,7 +85,9 @@ class DenoiserMeter:
 
     @property
     def features(self) -> int:
-        """As many as the network says; 0 where the label changes them, or there are none."""
+        """As many as the network says; 0 where the label changes them, or the denoiser tells none."""
+        if not hasattr(self.denoiser, "look"):
+            return 0
         return getattr(getattr(self.denoiser, "network", None), "features_told", 0)
 
     def __call__(

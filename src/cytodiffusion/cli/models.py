@@ -117,24 +117,30 @@ def calibrate(
     """
     import torch
 
-    from cytodiffusion.bundle import load, recalibrated
-    from cytodiffusion.cli.train import check_held
+    from cytodiffusion.bundle import check_place, load, recalibrated
+    from cytodiffusion.cli.train import check_counts, check_held
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.release import calibrate as fit
     from cytodiffusion.release import calibrations, commit, load_pixels, make_card, plan_of
+    from cytodiffusion.types import PIXELS
 
     console = Console(json)
+    check_place(out)
     loaded = load(model, pick_device(device), engine="torch")
+    if loaded.space is PIXELS:
+        loaded.denoiser.cpu()  # small, and quicker there on many threads
     names, together = loaded.classes.names, loaded.classifier.together
     found = read_dataset(source, splits=splits, split=split)
     samples = [sample for sample in found if sample.label is not None]
-    check_held(samples, names, loaded.taxonomy)
+    where = str(source) if split is None else f"the split '{split}' of {source}"
+    check_held(samples, names, loaded.taxonomy, where)
     console.note(NOTICE)
     work = load_pixels(samples, names, loaded.preprocess, 1.0, cores(), loaded.taxonomy)
     held = console.follow(work, "reading", len(samples), "images")
     for problem in held.problems:
         console.unread += 1
         console.note(f"Not read: {problem}")
+    check_counts(held.labels.tolist(), names, f"{where}, of what could be read,")
     plan, meter = plan_of(together, loaded.space, seed), loaded.classifier.meter
     torch.set_num_threads(1)  # one for each worker
     fitting = fit(meter, held, len(names), together, plan, threads(loaded), loaded.space)

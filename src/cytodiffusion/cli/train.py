@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 POSED = 16  # held-out cells on which turning of latents is measured
+VAL = "the split 'val'"
 UNSAID = "No licence has been stated for {} yet.\n"
 
 
@@ -141,19 +142,27 @@ def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
     return [replace(by_name[row.name], split=row.split) for row in rows]
 
 
-def check_held(val: Sequence[Sample], classes: Sequence[str], taxonomy: Taxonomy) -> None:
+def check_held(
+    val: Sequence[Sample], classes: Sequence[str], taxonomy: Taxonomy, where: str = VAL
+) -> None:
     """Raises DataError where a class cannot be calibrated: now, not after an hour."""
+    from cytodiffusion.release import class_index
+
+    check_counts([class_index(sample.label, classes, taxonomy) for sample in val], classes, where)
+
+
+def check_counts(labels: Sequence[int], classes: Sequence[str], where: str = VAL) -> None:
+    """The same of the images that could be read, by their columns. Raises DataError."""
     from collections import Counter
 
     from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_index
 
-    held = Counter(classes[class_index(sample.label, classes, taxonomy)] for sample in val)
-    few = [f"{name}: {held[name]}" for name in classes if held[name] < 2]
+    held = Counter(labels)
+    few = [f"{name}: {held[k]}" for k, name in enumerate(classes) if held[k] < 2]
     if few:
         raise DataError(
-            "Calibration needs at least two images of every class in the split 'val'; it has "
-            f"{', '.join(few)}. Give more images, or a split of your own with --splits."
+            f"Calibration needs at least two images of every class; {where} has {', '.join(few)}. "
+            "Give more images, or a split of your own with --splits."
         )
 
 
@@ -176,6 +185,7 @@ def run_training(
         )  # fmt: skip
         pixels.append(console.follow(work, f"reading {name}", len(parts[name]), "images"))
     fitted, held = pixels
+    check_counts(held.labels.tolist(), classes, f"{VAL}, of what could be read,")
     with writing_to(out):
         data = TrainingSet(fitted.images, fitted.labels, classes)
         run = Run(out, settings, data, device, weights)
@@ -308,13 +318,13 @@ def write_bundle(
     card = make_card(
         name, classes, settings.preprocess, learner.form, parameters, calibrated, origin
     )
-    notes = {"license": UNSAID.format("these weights"), "data_license": UNSAID.format("the images")}
     save_bundle(
         folder,
         Parts(
             name=name, denoiser=denoiser, classes=classes, preprocess=settings.preprocess,
             budgets=calibrated.budgets, taxonomy=taxonomy, card=card, origin=origin,
-            space=learner.space, radius=learner.radius, **notes,
+            space=learner.space, radius=learner.radius, license=UNSAID.format("these weights"),
+            data_license=UNSAID.format("the images"),
         ),
     )  # fmt: skip
     return {"bundle": str(folder), "validation": calibrated.scores}

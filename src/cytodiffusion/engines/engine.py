@@ -305,8 +305,9 @@ def difference(meter: Meter, denoiser: Denoiser, images: Float[Tensor, "m c h w"
 
 def apart(found: Told, wanted: Told) -> float:
     """Largest difference of errors, relative to each; or of features, relative to the largest."""
-    errors = float((found[0] / wanted[0] - 1).abs().max())
-    return max(errors, float((found[1] - wanted[1]).abs().max() / wanted[1].abs().max()))
+    errors = (found[0] / wanted[0] - 1).abs().max()
+    features = (found[1] - wanted[1]).abs().max() / wanted[1].abs().max()
+    return float(torch.maximum(errors, features))  # no number where either is none
 
 
 def check_difference(name: str, found: float) -> float:
