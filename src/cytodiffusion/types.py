@@ -144,6 +144,10 @@ class ErrorTable:
                 f"An error table of shape {self.errors.shape} does not fit {expected[0]} images, "
                 f"{expected[1]} trials and {expected[2]} columns (classes and 'any cell')."
             )
+        if self.features is not None and len(self.features) != len(self.digests):
+            raise DataError(
+                f"Features of {len(self.features)} images do not fit an error table of {len(self.digests)}."
+            )
 
     def __len__(self) -> int:
         return len(self.digests)
