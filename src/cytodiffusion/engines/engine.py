@@ -314,8 +314,9 @@ def check_difference(name: str, found: float) -> float:
     """Raises ModelError where an engine's errors differ from torch's by more than it may."""
     if not found <= TOLERANCES[name]:  # also where it is no number
         raise ModelError(
-            f"The engine '{name}' does not give this model's errors here: they, or its features, differ from "
-            f"torch's by {found:.2g} of their value ({TOLERANCES[name]:.2g} allowed). Use the engine 'torch'."
+            f"The engine '{name}' does not give this model's errors here: they, or its features, differ "
+            f"from torch's by {found:.2g} of their value ({TOLERANCES[name]:.2g} allowed). Use the engine "
+            "'torch'."
         )
     return found
 
