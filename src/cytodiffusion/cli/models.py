@@ -13,6 +13,7 @@ from cytodiffusion.cli.console import (
     Device,
     Engine,
     Json,
+    ModelName,
     Out,
     Seed,
     cores,
@@ -102,9 +103,7 @@ def calibrate(
         Path, typer.Argument(metavar="DIR", help="Labelled images that it was not trained on.")
     ],
     out: Out,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A bundle folder or a shipped model.")
-    ] = "pbc8",
+    model: ModelName = "pbc8",
     splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split to calibrate on.")] = None,
     json: Json = False,
@@ -148,12 +147,13 @@ def calibrate(
     origin = loaded.config["origin"] | {
         "calibrated_on": source.resolve().name, "calibrated_at": commit(), "val_sha256": held.sha256
     }  # fmt: skip
-    form = loaded.form
     size = sum(weight.numel() for weight in loaded.denoiser.parameters())
-    card = make_card(loaded.name, loaded.classes, loaded.preprocess, form, size, calibrated, origin)
+    card = make_card(
+        loaded.name, loaded.classes, loaded.preprocess, loaded.form, size, calibrated, origin
+    )
     recalibrated(out, loaded, calibrated.budgets, card, origin)
     values = {"bundle": str(out), "cells": len(held.labels), "validation": calibrated.scores}
-    Console(json).result(values, f"Calibrated on {len(held.labels):,} cells: {out}.")
+    console.result(values, f"Calibrated on {len(held.labels):,} cells: {out}.")
     if console.unread:
         raise typer.Exit(1)
 
