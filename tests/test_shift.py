@@ -30,7 +30,7 @@ from cytodiffusion.data.look import Look
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import HeldBytes, Sample, png
 from cytodiffusion.data.taxonomy import Taxonomy
-from cytodiffusion.evaluate.shift import STEPS, Told, mean_row, preprocesses, row
+from cytodiffusion.evaluate.shift import STEPS, Told, adapted, mean_row, preprocesses, row
 
 # --- reading without labels ----------------------------------------------------------------------
 
@@ -120,6 +120,17 @@ def test_a_step_decides_how_frames_are_read():
     assert (chosen.match, chosen.crop) == ("light", pytest.approx(0.7))
     crops = [each.crop for each in preprocesses(STEPS["chosen + zooms"], plain, look)]
     assert crops == pytest.approx([0.7 * 0.87, 0.7, 0.7 * 1.15])
+
+
+@pytest.mark.parametrize("step", ["light + scale + centre", "chosen + centre"])
+def test_centring_takes_away_what_a_laboratory_adds_to_a_class(step: str) -> None:
+    """A bias of every class changes nothing; without centring it does."""
+    logits = np.random.default_rng(0).normal(size=(30, 3))
+    biased = logits + np.array([4.0, 0.0, -2.0])
+    centred, plain = STEPS[step], STEPS["light + scale"]
+    np.testing.assert_allclose(adapted(biased, centred), adapted(logits, centred), rtol=1e-9)
+    np.testing.assert_allclose(adapted(logits, plain), softmax(logits, axis=1), rtol=1e-9)
+    assert (adapted(biased, plain).argmax(1) == 0).mean() > 0.9
 
 
 # --- several laboratories ------------------------------------------------------------------------
