@@ -435,7 +435,7 @@ def test_json_is_json(tiny: Tiny, junk: Path, tmp_path: Path) -> None:
     (flag,) = {row["flag"] for row in table(tmp_path / "predictions.csv")} - {"unreadable"}
     assert told.json == {
         "cells": 7, "counts": {"neutrophil": 1}, "out": str(tmp_path),
-        "flags": {"unreadable": 6, flag: 1},
+        "flags": {"unreadable": 6, flag: 1}, "crop": 1.0, "match": "nothing",
     }  # fmt: skip
     for line in told.err.splitlines():
         json.loads(line)
