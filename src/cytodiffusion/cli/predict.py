@@ -79,12 +79,8 @@ def predict(
     )
     rows = name_all(loaded, samples, request, out, console)
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
-    finish(
-        rows,
-        out,
-        console,
-        more={name: request.fingerprint(loaded)[name] for name in ("crop", "match")},
-    )
+    shown = request.preprocess(loaded)
+    finish(rows, out, console, more={"crop": shown.crop, "match": shown.match})
 
 
 def matching(
@@ -206,9 +202,7 @@ def report(
         "budget": request.budget,
         "asked coverage of the sets": request.coverage,
         "crop": shown.crop,
-        "light": "as it is"
-        if shown.match == "nothing"
-        else f"brought to the model's ({shown.match})",
+        "light": "as it is" if shown.match == "nothing" else f"the model's ({shown.match})",
         "command": call,
     }
     said = "The frames were brought to the light of those that the model was trained on. Check the names."

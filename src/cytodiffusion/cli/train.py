@@ -295,10 +295,8 @@ def write_bundle(
     denoiser = run.denoiser("best" if run.best else "ema")
     if learner.space is PIXELS:
         denoiser.cpu()  # small, and quicker there on many threads
-    plan, on_gpu = (
-        plan_of(settings.together, learner.space, settings.seed),
-        next(denoiser.parameters()).is_cuda,
-    )
+    plan = plan_of(settings.together, learner.space, settings.seed)
+    on_gpu = next(denoiser.parameters()).is_cuda
     workers = 1 if on_gpu else cores()
     torch.set_num_threads(1)  # one for each worker
     meter = DenoiserMeter(denoiser, learner.radius)

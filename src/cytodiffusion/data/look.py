@@ -27,7 +27,7 @@ Match = Literal["nothing", "light", "stain"]
 
 LIGHT = 0.05  # optical density; single frames of PBC lie within 0.01 of each other
 LARGER_ABROAD = (
-    1.1  # with other light it is another laboratory, whose frames have a scale of their own
+    1.1  # other light is that of another laboratory, and its frames have their own scale
 )
 LARGER_AT_HOME = 1.7  # promyelocytes of PBC have 1.48; a crop to the model's own 55 % makes 1.8
 

@@ -58,9 +58,7 @@ class Augmentation(BaseModel):
     hue: float = Field(0.03, ge=0, description="std of the turn of hue, turns of the colour wheel")
     stain: float = Field(0.10, ge=0, description="std of ln gain of each dye (HED)")
     light: float = Field(0.0, ge=0, description="std of the density added to each colour")
-    far: float = Field(
-        0.0, ge=0, le=1, description=f"share whose colours change {FAR} times as much"
-    )
+    far: float = Field(0.0, ge=0, le=1, description=f"share with {FAR} times the change of colour")
     blur: float = Field(0.1, ge=0, le=1, description="share of images that are blurred")
     noise: float = Field(0.1, ge=0, le=1, description="share of images with camera noise")
 
@@ -148,9 +146,8 @@ def change_stain(
         mix = torch.linalg.inv(dyes) @ (gain[:, :, None] * dyes)
         density = torch.einsum("nchw,ncd->ndhw", density, mix)
         if settings.light:
-            density = (
-                density + (settings.light * reach * _normal(generator, n, 3))[:, :, None, None]
-            )
+            added = settings.light * reach * _normal(generator, n, 3)
+            density = density + added[:, :, None, None]
         images = 2 * (-density).exp() - 1
     if settings.hue:
         images = turn_hue(images, settings.hue * reach[:, 0] * _normal(generator, n))
