@@ -130,7 +130,7 @@ class GraphMeter:
         labels: Int[Tensor, "n k"],
     ) -> Float[Tensor, "n k"]:
         if self.heads:
-            return self._all(clean, noise, sigma)[0].gather(1, labels)
+            return self.look(clean, noise, sigma, labels)[0]
         each = [t.repeat_interleave(labels.shape[1], dim=0) for t in (clean, noise, sigma)]
         return self._all(*each, labels.flatten())[0].view(labels.shape)
 
