@@ -16,8 +16,8 @@ class k in trial i and E_any,i of "any cell" (higher is stranger):
     combined    what the model tells as `anomaly` after all its trials; `balanced`: and stopping early
 
 `pattern`, `typicality`, `features` and `neighbours` are fitted here, on known cells that are not
-scored; the rest is what the model was calibrated with. A network without features for all classes has
-none of their scores.
+scored; the rest is what the model was calibrated with. Where a network tells no features, there is no
+`features` and no `neighbours`.
 
 Source: Mahmood et al. 2021 (typicality over noise levels, MSMA), arXiv 2010.13132; Fawcett
 2006 (ROC analysis).
