@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -14,14 +15,16 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
 from helpers import CLASSES, TINY, Result, Tiny, cli, contents, disc, tiny_model, write_discs
 from PIL import Image
+from typer.testing import CliRunner
 
 from cytodiffusion import bundle as bundles
+from cytodiffusion.cli.console import call_of
 from cytodiffusion.cli.main import app
 from cytodiffusion.data.load import look_of
 from cytodiffusion.data.readers import read_dataset
@@ -760,3 +763,45 @@ def test_doctor_sees_a_missing_device(shipped: Path) -> None:
     told = cli("doctor", "--device", "abacus", "--json")
     assert told.code == 2
     assert not told.json["device"]["good"]
+
+
+# --- the call, as a report gives it --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("a -o out", "a --out out --limit 3 --rest"),
+        ("'a b' c -o out --json", "'a b' c --out out --limit 3 --rest"),
+        ("a -o 'x y' --limit 5 --no-rest", "a --out 'x y' --limit 5 --no-rest"),
+        ("a --set b=1 --quick -o out --set c=2 --crop .5",
+         "a --out out --limit 3 --crop 0.5 --set b=1 --set c=2 --quick --rest"),
+    ],
+)  # fmt: skip
+def test_a_call_that_is_typed_again_is_the_same_call(typed, told):
+    """Arguments first, then what was given or left at a default; --json is for who calls, not for what."""
+    app, calls = typer.Typer(), []
+
+    @app.callback()
+    def _main() -> None: ...
+
+    @app.command("verb")
+    def _verb(
+        context: typer.Context,
+        names: list[str],
+        out: Annotated[Path, typer.Option("--out", "-o")],
+        limit: int = 3,
+        crop: float | None = None,
+        change: Annotated[list[str] | None, typer.Option("--set")] = None,
+        quick: Annotated[bool, typer.Option("--quick")] = False,
+        rest: Annotated[bool, typer.Option("--rest/--no-rest")] = True,
+        json: Annotated[bool, typer.Option("--json")] = False,
+    ) -> None:
+        calls.append(call_of(context))
+        if not typed.startswith("'"):
+            assert call_of(context, names=["z"]) == calls[-1].replace(" a ", " z ")
+
+    for words in (shlex.split(typed), shlex.split(told)):
+        ended = CliRunner().invoke(app, ["verb", *words])
+        assert not ended.exit_code, ended.output
+    assert calls == [f"cytodiffusion verb {told}"] * 2

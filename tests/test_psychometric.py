@@ -12,7 +12,7 @@ import typer
 from helpers import cli
 from scipy import optimize, stats
 
-from cytodiffusion.cli.uncertainty import uncertainty
+from cytodiffusion.cli.main import app
 from cytodiffusion.errors import CytoDiffusionError, DataError, OutputError, SettingsError
 from cytodiffusion.evaluate import plots
 from cytodiffusion.evaluate.answers import Judged, read_all, read_answers
@@ -43,6 +43,13 @@ def finish(work) -> Analysis:
 def analysis(judged: Judged, family: str = "weibull", guess: float | None = 0.125, **more):
     settings = {"level": 0.9, "seed": 0, "draws": 60} | more
     return finish(analyse(fit(judged, family=family, guess=guess), **settings))
+
+
+def uncertainty(out: Path, predictions: list[Path], *flags: str, **options: object) -> int:
+    """The command, with its errors as they are; returns the exit code."""
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    words = ["bench", "uncertainty", *map(str, predictions), "-o", str(out), *words, *flags]
+    return typer.main.get_command(app).main(words, standalone_mode=False) or 0
 
 
 def groups(table: dict[float, tuple[int, int]]) -> Judged:
@@ -378,7 +385,7 @@ def test_tables_that_hold_nothing(tmp_path, content):
 def test_a_model_beside_people(tmp_path, capsys):
     table = people(tmp_path / "people.csv", "Ann", HOSTILE)
     out = tmp_path / "out"
-    uncertainty(out, [evaluated(tmp_path / "eval"), table], draws=40, json=True)
+    uncertainty(out, [evaluated(tmp_path / "eval"), table], "--json", draws=40)
     told = capsys.readouterr()
     values = json.loads((out / "results.json").read_text())
     assert json.loads(told.out) == values
@@ -447,9 +454,9 @@ def test_the_same_answers_give_the_same_bytes(tmp_path):
 def test_who_has_no_curve_is_named_and_the_rest_is_done(tmp_path, capsys):
     perfect = write_csv(tmp_path / "perfect.csv", "confidence,correct", [[0.9, 1], [1, 1]] * 20)
     out = tmp_path / "out"
-    with pytest.raises(typer.Exit) as end:
-        uncertainty(out, [people(tmp_path / "p.csv", "Ann"), perfect], draws=40, guess="0.125")
-    assert end.value.exit_code == 1
+    assert (
+        uncertainty(out, [people(tmp_path / "p.csv", "Ann"), perfect], draws=40, guess=0.125) == 1
+    )
     assert "Not fitted: perfect: All 40 answers are right" in capsys.readouterr().err
     rows = json.loads((out / "results.json").read_text())["curves"]
     assert rows[0]["fit"] is not None

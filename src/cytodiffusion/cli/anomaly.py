@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +12,14 @@ from cytodiffusion.cli.benches import find_kinds, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
+    Context,
     Crop,
     Device,
     Engine,
     Json,
     Out,
     Seed,
+    call_of,
     cores,
     pick_device,
 )
@@ -33,6 +34,7 @@ SHOWN = 8  # pictures of each kind of stranger
 
 
 def anomaly(
+    context: Context,
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Out,
     hold_out: Annotated[
@@ -131,16 +133,7 @@ def anomaly(
     scored, told = score_sets(bench, ours, rivals, sets)
     rows = [{"model": ours.name, **row} for row in compare(scored, told, seed)]
 
-    given = {"--hold-out": held, "--run": run, "--splits": splits, "--limit": limit, "--crop": crop,
-             "--minutes": minutes, "--foreign-crop": foreign_crop}  # fmt: skip
-    words: list[object] = ["cytodiffusion", "bench", "anomaly", source, "-o", out, "--split", split]
-    words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    words += [part for each in foreign or [] for part in ("--foreign", each)]
-    words += ["--preset", preset, *(part for each in change or [] for part in ("--set", each))]
-    words += ["-m", model] * (held is None)
-    words += ["--corrupted", corrupted, "--baselines", baselines, "--seed", seed]
-    words += ["--device", device, "--engine", engine]
-    facts = {"command": shlex.join(map(str, words)), "seed": seed, **_origin(ours, rivals)}
+    facts = {"command": call_of(context), "seed": seed, **_origin(ours, rivals)}
     values = {"rows": rows, **facts}
     write_results(out, values)
     page = render(

@@ -13,10 +13,12 @@ from cytodiffusion.cli.benches import find_kinds, read_counts, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
+    Context,
     Device,
     Json,
     Out,
     Seed,
+    call_of,
     cores,
     pick_device,
 )
@@ -32,6 +34,7 @@ LEAST = 3  # cells of a choice: one to train a drawing model on, two to calibrat
 
 
 def augment(
+    context: Context,
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Real labelled images.")],
     drawn: Annotated[
         str,
@@ -138,11 +141,8 @@ def augment(
     )  # fmt: skip
     needed = check_drawn(world, every, places)
     write_choices(world, every, names_of(train, cells, classes))
-    given = {"--class": name, "--labels": labels, "--repeats": repeats, "--others": others,
-             "--drawn": drawn_cells, "--baselines": baselines, "-m": model, "--splits": splits,
-             "--steps": steps, "--minutes": None if steps else minutes, "--split": split,
-             "--limit": limit, "--jobs": jobs, "--seed": seed, "--device": device}  # fmt: skip
-    right = _right(source, out, every[0], max(needed.values()), given)
+    then = call_of(context, choices=False, drawn="drawn/{labels}-{repeat}")
+    right = [*_draw_anew(source, out, every[0], max(needed.values()), name), then]
     if choices:
         written = {"choices": str(out / "choices"), "files": len(every), "then": right}
         said = f"See {out / 'choices'}. The first two lines for each file there, then the last:"
@@ -152,7 +152,7 @@ def augment(
     workers = jobs or (cores() if where == "cpu" else 1)
     rows = _train_all(world, every, kinds, workers, console)
     facts = {
-        "command": _command(source, drawn, out, given), "seed": seed, "rare_class": name,
+        "command": call_of(context), "seed": seed, "rare_class": name,
         "drawn_by": drawn_by, "gain_is_an_upper_bound": "{labels}" not in drawn,
         **_origin(world, model),
     }  # fmt: skip
@@ -263,21 +263,14 @@ def _show(
     console.result(results | facts, "\n".join([*lines, f"See {out}."]))
 
 
-def _command(source: Path, drawn: str, out: Path, given: dict[str, Any]) -> str:
-    words: list[object] = ["cytodiffusion", "bench", "augment", source, drawn, "-o", out]
-    words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    return shlex.join(map(str, words))
-
-
-def _right(source: Path, out: Path, choice: Choice, need: int, given: dict[str, Any]) -> list[str]:
-    """Commands that train and draw with the cells of a choice alone, then this bench."""
+def _draw_anew(source: Path, out: Path, choice: Choice, need: int, name: str) -> list[str]:
+    """Commands that train and draw with the cells of a choice alone."""
     first = "{}-{}".format(*choice)
     train = ["cytodiffusion", "train", source, "--splits", out / "choices" / f"{first}.csv",
              "-o", f"runs/{first}"]  # fmt: skip
-    draw = ["cytodiffusion", "generate", "-m", f"runs/{first}/bundle", "--classes", given["--class"],
+    draw = ["cytodiffusion", "generate", "-m", f"runs/{first}/bundle", "--classes", name,
             "--per-class", need, "-o", f"drawn/{first}"]  # fmt: skip
-    then = _command(source, "drawn/{labels}-{repeat}", out, given)
-    return [*(shlex.join(map(str, words)) for words in (train, draw)), then]
+    return [shlex.join(map(str, words)) for words in (train, draw)]
 
 
 def _origin(world: World, cropped_by: str) -> dict[str, Any]:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.console import NOTICE, Console, Device, Json, ModelName, Out, Seed, plain
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Console,
+    Context,
+    Device,
+    Json,
+    ModelName,
+    Out,
+    Seed,
+    call_of,
+    plain,
+)
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
@@ -212,6 +222,7 @@ def _refuse_another(out: Path, key: bytes) -> None:
 
 @app.command()
 def score(
+    context: Context,
     answers: Annotated[
         list[Path], typer.Argument(metavar="ANSWERS", help="CSV files that readers saved.")
     ],
@@ -250,9 +261,7 @@ def score(
         for (name, table), outcome in zip(parts, outcomes, strict=True)
     ]
     agreed = agreement(everyone, seed)
-    words = ["cytodiffusion", "bench", "authenticity", "score", *answers, "--key", key, "-o", out]
-    words += ["--draws", draws, "--seed", seed]
-    facts = {"command": shlex.join(map(str, words)), "cells": len(truths), "seed": seed}
+    facts = {"command": call_of(context), "cells": len(truths), "seed": seed}
     facts |= origin
     readers = rows[: len(everyone.readers)]
     values = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -21,6 +22,11 @@ from cytodiffusion.errors import SettingsError
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+
+if TYPE_CHECKING:
+    Context = typer.Context
+else:
+    Context = typer.Context.__base__  # what typer really hands over; the tests check types
 
 T = TypeVar("T")
 NOTICE = "Research use only. Not a medical device; not for diagnosis."
@@ -86,6 +92,30 @@ def plain(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+def call_of(context: Context, **other: object) -> str:
+    """The running command with all that was given or left at a default, as a line for a shell.
+
+    `other` puts values in the place of what was given, by the names of the parameters.
+    """
+    values = context.params | other
+    words, options = list[str](), list[str]()
+    within: Any = context
+    while within.parent is not None:
+        words.insert(0, str(within.info_name))
+        within = within.parent
+    words.insert(0, "cytodiffusion")
+    for parameter in context.command.params:
+        value, name = values[str(parameter.name)], parameter.opts[0]
+        several = value if isinstance(value, list | tuple) else [value]
+        if parameter.param_type_name == "argument":
+            words += map(str, several)
+        elif isinstance(value, bool):
+            options += [name] * value or parameter.secondary_opts
+        else:
+            options += [word for one in several if one is not None for word in (name, str(one))]
+    return shlex.join([*words, *(word for word in options if word != "--json")])
 
 
 class Console:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +11,14 @@ import typer
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
+    Context,
     Crop,
     Device,
     Engine,
     Json,
     Out,
     Seed,
+    call_of,
     cores,
     pick_device,
 )
@@ -32,6 +33,7 @@ ONE_PASS = "paper in one pass"
 
 
 def cost(
+    context: Context,
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Out,
     model: Annotated[
@@ -73,13 +75,7 @@ def cost(
     rows = [row for each, found in zip(models, measured, strict=True)
             for row in _rows(each, found, seed)]  # fmt: skip
     beside = _across(models, measured, seed)
-    words: list[object] = ["cytodiffusion", "bench", "cost", source, "-o", out]
-    words += [part for name in model or ["pbc8"] for part in ("-m", name)]
-    given = {"--splits": splits, "--split": split, "--limit": limit, "--crop": crop}
-    words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    words += ["--procedures", procedures, "--seed", seed, "--device", device, "--engine", engine]
-    call = shlex.join(map(str, words))
-    facts = {"command": call, "seed": seed, "cores": cores(), **_origin(models)}
+    facts = {"command": call_of(context), "seed": seed, "cores": cores(), **_origin(models)}
     values = {"procedures": rows, "across": beside, **facts}
     write_file(out / "results.json", _text(values), "the results")
     write_page(out / "report.html", render(f"Cost of naming {source.name}", rows, beside, facts))

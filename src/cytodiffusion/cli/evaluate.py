@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,6 +12,7 @@ from cytodiffusion.cli.console import (
     NOTICE,
     Budget,
     Console,
+    Context,
     Coverage,
     Crop,
     Device,
@@ -25,6 +25,7 @@ from cytodiffusion.cli.console import (
     Prior,
     Seed,
     Sets,
+    call_of,
     cores,
     pick_device,
     read_prior,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: Context,
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Out,
     model: ModelName = "pbc8",
@@ -88,13 +90,7 @@ def evaluate(
         )
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
-    given = {"--budget": budget, "--splits": splits, "--split": split, "--classes": classes,
-             "--crop": crop, "--match": match, "--coverage": coverage, "--sets": sets,
-             "--prior": prior, "--taxonomy": taxonomy, "--seed": seed, "--device": device,
-             "--engine": engine}  # fmt: skip
-    words: list[object] = ["cytodiffusion", "evaluate", source, "-m", model, "-o", out]
-    words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    call = shlex.join(map(str, words))
+    call = call_of(context)
     light, crop = matching(match, crop, samples, loaded, console)
     request = Request(
         budget, crop, coverage, cast("Any", sets), shares, answers, light=light, workers=cores()

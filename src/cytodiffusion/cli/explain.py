@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from cytodiffusion.cli.console import (
     NOTICE,
     Budget,
     Console,
+    Context,
     Crop,
     Device,
     Engine,
@@ -23,6 +23,7 @@ from cytodiffusion.cli.console import (
     ModelName,
     Out,
     Seed,
+    call_of,
     pick_device,
     threads,
 )
@@ -42,6 +43,7 @@ KIND = 2  # of the rows below: one that was written otherwise is made anew
 
 
 def explain(
+    context: Context,
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of them.")
     ],
@@ -91,12 +93,7 @@ def explain(
     )  # fmt: skip
     console.note(NOTICE)
     rows = _run(work, samples, out, console)
-    words: list[object] = ["cytodiffusion", "explain", *images, "-o", out, "-m", model]
-    words += [part for name in against or [] for part in ("--against", name)]
-    words += ["--budget", budget, *(["--crop", crop] if crop else []), "--match", match]
-    words += ["--seed", seed]
-    words += [] if faithful else ["--no-faithful"]
-    _page(work, rows, out, shlex.join(map(str, words)))
+    _page(work, rows, out, call_of(context))
     values = {"cells": len(samples) - console.unread, "explanations": rows, "out": str(out)}
     console.result(values, "\n".join([*map(_line, rows), f"See {out / 'report.html'}."]))
     if console.unread:

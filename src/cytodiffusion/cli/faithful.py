@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from cytodiffusion.cli.benches import load_baseline
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
+    Context,
     Crop,
     Device,
     Engine,
@@ -22,6 +22,7 @@ from cytodiffusion.cli.console import (
     ModelName,
     Out,
     Seed,
+    call_of,
     pick_device,
     threads,
 )
@@ -40,6 +41,7 @@ KIND = 3  # of what is kept of a cell: what was kept otherwise is measured anew
 
 
 def faithful(
+    context: Context,
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Out,
     model: ModelName = "pbc8",
@@ -82,12 +84,8 @@ def faithful(
     work = Work(loaded, Settings(seed=seed), words, other, crop)
     samples, classes = _samples(work, source, splits, split, limit, seed)
     cells = _measure(work, samples, classes, out, console)
-    call = ["cytodiffusion", "bench", "explain", source, "-o", out, "-m", model, "--limit", limit]
-    given = {"--splits": splits, "--split": split, "--attributes": attributes,
-             "--baseline": baseline, "--crop": crop, "--seed": seed}  # fmt: skip
-    call += [part for pair in given.items() if pair[1] is not None for part in pair]
     facts = {
-        "command": shlex.join(map(str, call)),
+        "command": call_of(context),
         "seed": seed,
         "model": loaded.name,
         "weights": loaded.weights_sha256[:12],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,13 @@ from cytodiffusion.cli.benches import digest_of, load_baseline
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
+    Context,
     Device,
     Json,
     ModelName,
     Out,
     Seed,
+    call_of,
     cores,
     pick_device,
 )
@@ -56,6 +57,7 @@ class Cells:
 
 
 def fidelity(
+    context: Context,
     drawn: Annotated[Path, typer.Argument(metavar="DRAWN", help="What `generate` wrote.")],
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Real labelled images.")],
     out: Out,
@@ -137,13 +139,7 @@ def fidelity(
     pixels = _nearest_pixels(both, training, console)
     results["copies"] = _copies({"pixels": pixels, "features": near})
 
-    given = {"--splits": splits, "--baseline": baseline, "--steps": steps,
-             "--minutes": None if steps else minutes}  # fmt: skip
-    words: list[object] = ["cytodiffusion", "bench", "fidelity", drawn, source, "-o", out]
-    words += ["-m", model, "--split", split, "--train-split", train_split, "--features", features]
-    words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    words += ["--seed", seed, "--device", device]
-    facts = {"command": shlex.join(map(str, words)), "seed": seed, **_origin(loaded)}
+    facts = {"command": call_of(context), "seed": seed, **_origin(loaded)}
     values = {**results, **facts}
     write_file(out / "results.json", _text(values), "the results")
     order = np.argsort(pixels[0].ratio, kind="stable")[:SHOWN]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cytodiffusion.cli.benches import find_kinds, read_counts, write_results
-from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Out, Seed, cores, pick_device
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Console,
+    Context,
+    Device,
+    Json,
+    Out,
+    Seed,
+    call_of,
+    cores,
+    pick_device,
+)
 from cytodiffusion.cli.trainings import finished
 
 if TYPE_CHECKING:
@@ -18,6 +28,7 @@ if TYPE_CHECKING:
 
 
 def low_data(
+    context: Context,
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Out,
     labels: Annotated[
@@ -115,16 +126,7 @@ def low_data(
     rows = _train_all(world, counts, repeats, kept, minutes, workers, console)
 
     results = {"rows": rows, "summary": summary(rows), "gains": gains(rows)}
-    given = {"--splits": splits, "--minutes": minutes, "--limit": limit, "--jobs": jobs,
-             "--steps": steps}  # fmt: skip
-    words: list[object] = ["cytodiffusion", "bench", "low-data", source, "-o", out]
-    words += ["--labels", labels, "--repeats", repeats, "--baselines", baselines]
-    words += ["--unlabelled" if unlabelled else "--no-unlabelled", "--first-steps", first_steps]
-    words += ["--preset", preset, "--split", split]
-    words += [part for each in change or [] for part in ("--set", each)]
-    words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    words += ["--seed", seed, "--device", device]
-    facts = {"command": shlex.join(map(str, words)), "seed": seed, **_origin(world)}
+    facts = {"command": call_of(context), "seed": seed, **_origin(world)}
     write_results(out, results | facts)
     write_page(out / "report.html", render(f"Few labels: {source.name}", results, facts))
     lines = [*map(_line, results["summary"]), *map(_gain, results["gains"])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from cytodiffusion.cli.console import (
     NOTICE,
     Budget,
     Console,
+    Context,
     Coverage,
     Crop,
     Device,
@@ -25,6 +25,7 @@ from cytodiffusion.cli.console import (
     Prior,
     Seed,
     Sets,
+    call_of,
     cores,
     pick_device,
     read_prior,
@@ -40,6 +41,7 @@ CLEAR = 8  # white cells that must be found in them
 
 
 def predict(
+    context: Context,
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Images, in any form it reads.")],
     out: Out,
     model: ModelName = "pbc8",
@@ -68,11 +70,7 @@ def predict(
     loaded.classifier.budget(budget)
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
-    given = {"--budget": budget, "--crop": crop, "--match": match, "--coverage": coverage,
-             "--sets": sets, "--prior": prior, "--engine": engine, "--device": device}  # fmt: skip
-    words: list[object] = ["cytodiffusion", "predict", source, "-m", model, "-o", out]
-    words += [part for pair in given.items() if pair[1] is not None for part in pair]
-    call = shlex.join(map(str, words))
+    call = call_of(context)
     light, crop = matching(match, crop, samples, loaded, console)
     request = Request(
         budget, crop, coverage, cast("Any", sets), shares, light=light, workers=cores()

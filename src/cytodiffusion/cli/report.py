@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cytodiffusion.cli.benches import write_results
-from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Out, Seed
+from cytodiffusion.cli.console import NOTICE, Console, Context, Device, Json, Out, Seed, call_of
 
 if TYPE_CHECKING:
     from cytodiffusion.evaluate.joined import Experiment
@@ -21,6 +20,7 @@ RESULTS = ("results.json", "metrics.json")  # of a bench, of evaluate
 
 
 def report(
+    context: Context,
     folders: Annotated[
         list[Path], typer.Argument(metavar="OUT...", help="Folders of benches and of evaluate.")
     ],
@@ -46,8 +46,7 @@ def report(
     console.note(NOTICE)
     for problem in problems:
         console.note(problem)
-    words = ["cytodiffusion", "bench", "report", *folders, "-o", out]
-    facts = {"command": shlex.join(map(str, words))}
+    facts = {"command": call_of(context)}
     experiments = in_order(found)
     values = {**as_dict(experiments), "problems": problems, **facts}
     write_results(out, values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +12,13 @@ from cytodiffusion.cli.benches import find_kinds, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
+    Context,
     Device,
     Engine,
     Json,
     Out,
     Seed,
+    call_of,
     cores,
     pick_device,
 )
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def shift(
+    context: Context,
     train: Annotated[
         Path, typer.Option(metavar="DIR", help="Labelled images of the training laboratory.")
     ],
@@ -87,15 +89,7 @@ def shift(
         rows += _baseline_rows(bench, ours, labs, answers, kind, minutes, home)
     if leave_one_out:
         rows += _left_out_rows(bench, labs, answers, kinds, minutes, home)
-    words: list[object] = ["cytodiffusion", "bench", "shift", "--train", train, "-o", out]
-    words += [part for each in foreign for part in ("--foreign", each)]
-    words += ["-m", model] if model else []
-    words += ["--splits", splits] if splits else []
-    words += ["--leave-one-out"] * leave_one_out
-    words += ["--steps", steps, "--home", home, "--baselines", baselines, "--minutes", minutes]
-    words += ["--preset", preset, *(part for each in change or [] for part in ("--set", each))]
-    words += ["--engine", engine, "--seed", seed, "--device", device]
-    facts = {"command": shlex.join(map(str, words)), "seed": seed, "classes": ", ".join(answers),
+    facts = {"command": call_of(context), "seed": seed, "classes": ", ".join(answers),
              "labels of the foreign sets": "none used", "cores": cores(), **_origin(ours)}  # fmt: skip
     values = {"rows": rows, **facts}
     write_results(out, values)

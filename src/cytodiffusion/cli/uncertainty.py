@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Out, Seed
+from cytodiffusion.cli.console import NOTICE, Console, Context, Device, Json, Out, Seed, call_of
 
 if TYPE_CHECKING:
     from cytodiffusion.evaluate.answers import Answers
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def uncertainty(
+    context: Context,
     out: Out,
     predictions: Annotated[
         list[Path] | None,
@@ -62,11 +62,8 @@ def uncertainty(
     origin, rates = _origin(answers), _rates(guess, answers, console)
     console.note(NOTICE)
     outcomes = _outcomes(answers, rates, family, level, seed, draws, console)
-    words = ["cytodiffusion", "bench", "uncertainty", *predictions, "-o", out, "--family", family]
-    words += ["--guess", guess, "--level", level, "--draws", draws, "--seed", seed]
-    call = shlex.join(map(str, words))
     rows = [outcome.as_dict(seed) for outcome in outcomes]
-    facts = {"command": call, "draws": draws, "seed": seed, **origin}
+    facts = {"command": call_of(context), "draws": draws, "seed": seed, **origin}
     values = {"curves": rows, **facts}
     write_file(out / "results.json", _text(values).encode(), "the results")
     write_page(out / "report.html", render("Accuracy by confidence", outcomes, rows, facts))
