@@ -264,8 +264,14 @@ def _train_baseline(world: World, job: Job) -> Told:
 
 def first_folder(world: World) -> Path:
     """The run on the unlabelled cells alone, from which those of all repeats begin."""
-    about = (world.settings, world.first_steps, world.train.sha256)
+    about = (first_settings(world), world.train.sha256)
     return world.out / f"first-{digest_of(about)}"
+
+
+def first_settings(world: World) -> TrainSettings:
+    """Without labels nothing is named, so that what is said of names does not matter."""
+    unnamed = {"steps": world.first_steps, "classification": 0.0, "pseudo": 0.0, "balance": 0.0}
+    return world.settings.model_copy(update=unnamed)
 
 
 def train_first(world: World, console: Console) -> None:
@@ -276,8 +282,7 @@ def train_first(world: World, console: Console) -> None:
     from cytodiffusion.train.loop import Run, TrainingSet
 
     torch.set_num_threads(1)  # as in every other training
-    settings = world.settings.model_copy(update={"steps": world.first_steps})
     nothing = np.full(len(world.train.labels), -1)
     data = TrainingSet(world.train.images, nothing, world.classes)
-    run = Run(first_folder(world), settings, data, world.device)
+    run = Run(first_folder(world), first_settings(world), data, world.device)
     console.follow(fit(run), "training without labels", world.first_steps, "steps")

@@ -117,6 +117,12 @@ def resample(
     return functional.grid_sample(canvas, grid, padding_mode="border", align_corners=False)
 
 
+def unmoved(canvas: Float[Tensor, "n 3 s s"], size: int) -> Float[Tensor, "n 3 size size"]:
+    """The centre `size` px of the canvas, as they are."""
+    still = torch.eye(2, 3, device=canvas.device).expand(len(canvas), 2, 3)
+    return resample(canvas, size, still)
+
+
 def random_poses(images: Tensor, generator: torch.Generator) -> Tensor:
     """Give every image one of the eight poses."""
     which = torch.randint(len(POSES), (len(images),), generator=generator, device=generator.device)

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cytodiffusion.data.images import Preprocess, to_tensor
-from cytodiffusion.data.transforms import Augmentation, augment, random_poses, resample
+from cytodiffusion.data.transforms import Augmentation, augment, random_poses, unmoved
 from cytodiffusion.errors import DataError, MissingExtra, ModelError, SettingsError
 from cytodiffusion.files import write_file
 from cytodiffusion.types import Classes
@@ -390,9 +390,7 @@ class Training:
 
     def plain(self, rows: np.ndarray) -> Float[Tensor, "m 3 h w"]:
         """The images as they are, the canvas's margin cut off."""
-        canvases = to_tensor(self.canvases[rows])
-        still = torch.eye(2, 3, device=self.device).expand(len(rows), 2, 3)
-        return resample(canvases, self.preprocess.size, still)
+        return unmoved(to_tensor(self.canvases[rows]), self.preprocess.size)
 
 
 def train_baseline(
