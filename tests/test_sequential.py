@@ -15,7 +15,6 @@ from cytodiffusion.classify.sequential import (
     Rule,
     Sequence,
     absorb,
-    chance_of_same,
     fit_gate,
     gap,
     learn_threshold,
@@ -25,6 +24,11 @@ from cytodiffusion.classify.sequential import (
 )
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.networks.exact import GaussianWorld
+
+
+def chance_of_same(logits: np.ndarray, gate: tuple[float, float]) -> np.ndarray:
+    """P(same | gap) of each cell."""
+    return 1 / (1 + np.exp(-gate[0] - gate[1] * gap(logits)))
 
 
 def test_gap_by_hand():

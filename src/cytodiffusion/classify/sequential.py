@@ -169,13 +169,6 @@ def replay(
     return Replay(probabilities, depth, whole, passes)
 
 
-def chance_of_same(
-    logits: Float[np.ndarray, "n k"], gate: tuple[float, float]
-) -> Float[np.ndarray, " n"]:
-    """P(same | gap) of each cell."""
-    return expit(gate[0] + gate[1] * gap(logits))
-
-
 def gap(logits: Float[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
     """Highest logit less the second, in nats."""
     top = np.partition(logits, -2, axis=1)
