@@ -140,7 +140,7 @@ def anomaly(
         f"Strangers among {source.name}", rows, scored, _pictures(sets, scored, told), facts
     )
     write_page(out / "report.html", page)
-    console.result(values, "\n".join([_heading(), *map(_line, rows), f"See {out}."]))
+    console.result(values, "\n".join([*_table(rows), f"See {out}."]))
     if console.unread:
         raise typer.Exit(1)
 
@@ -230,13 +230,14 @@ def _origin(ours: Model, rivals: Sequence[Baseline]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _heading() -> str:
-    names = ("AUROC", "precision", "sens. at 95", "flagged", "false alarms")
-    return f"{'strangers':<16}{'method':<10}{'score':<13}" + "".join(f"{n:>13}" for n in names)
-
-
-def _line(row: dict[str, Any]) -> str:
-    """One score on one set for a terminal."""
-    names = ("auroc", "average_precision", "sensitivity_at_95", "strange_flagged", "normal_flagged")
-    numbers = "".join(f"{row[name]:>13.4f}" if name in row else f"{'':>13}" for name in names)
-    return f"{row['set']:<16}{row['method']:<10}{row['score']:<13}{numbers}"
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """Every score on every set, for a terminal."""
+    columns = {"auroc": "AUROC", "average_precision": "precision", "sensitivity_at_95": "sens. at 95",
+               "strange_flagged": "flagged", "normal_flagged": "false alarms"}  # fmt: skip
+    wide = max(map(len, ("strangers", *(row["set"] for row in rows)))) + 2
+    first = "".join(f"{name:>13}" for name in columns.values())
+    lines = [f"{'strangers':<{wide}}{'method':<10}{'score':<13}{first}"]
+    for row in rows:
+        numbers = "".join(f"{row[name]:>13.4f}" if name in row else f"{'':>13}" for name in columns)
+        lines.append(f"{row['set']:<{wide}}{row['method']:<10}{row['score']:<13}{numbers}")
+    return [line.rstrip() for line in lines]
