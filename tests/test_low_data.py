@@ -33,8 +33,8 @@ from cytodiffusion.evaluate.low_data import (
 from cytodiffusion.train.loop import Run, TrainingSet, train
 
 CHANGES = ("steps=4", "batch=4", "preprocess.size=16", "preprocess.crop=1.0", "network.unshuffle=2")
-SMALL = ("--preset=tiny", "--steps=4", *(f"--set={each}" for each in CHANGES[1:]), "--device=cpu",
-         "--labels=2", "--repeats=2")  # fmt: skip
+SMALL = ("--preset=tiny", "--steps=4", "--first-steps=2", *(f"--set={each}" for each in CHANGES[1:]),
+         "--device=cpu", "--labels=2", "--repeats=2")  # fmt: skip
 LABELS = np.array([0, 1, 2, -1] * 8)
 
 # --- by hand -------------------------------------------------------------------------------------
@@ -287,8 +287,8 @@ def test_a_wrong_call_writes_nothing(
 def test_real_cells(data_root: Path, split_file: Path, tmp_path: Path) -> None:
     """Of 48 cells 16 have labels; what learns from all of them and what from 16 is told apart."""
     words = ["bench", "low-data", data_root / "pbc", "-o", tmp_path, "--splits", split_file, "--labels", 2,
-             "--repeats", 1, "--preset", "tiny", "--steps", 5, "--set", "batch=8", "--baselines", "none",
-             "--jobs", 1, "--device", "cpu", "--json"]  # fmt: skip
+             "--repeats", 1, "--preset", "tiny", "--steps", 5, "--first-steps", 2, "--set", "batch=8",
+             "--baselines", "none", "--jobs", 1, "--device", "cpu", "--json"]  # fmt: skip
     said = cli(*words)
     assert said.code == 0, said.err
     assert said.json["training_cells"] == 48

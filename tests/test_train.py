@@ -30,7 +30,6 @@ from cytodiffusion.train.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from cytodiffusion.train.compact import CompactLearner
 from cytodiffusion.train.ema import EMA
 from cytodiffusion.train.loop import (
     Progress,
@@ -382,59 +381,6 @@ def test_images_without_labels_are_trained_on(tmp_path):
     labels = np.where(np.arange(18) % 2, data.labels, UNLABELLED)
     run = go(tmp_path, settings(steps=2), data=TrainingSet(data.canvases, labels, CLASSES))
     assert all(value.isfinite().all() for value in run.learner.state_dict().values())
-
-
-class Paints(nn.Module):
-    """The guess of each class is the image in its colour: the cell itself is the best guess of its own."""
-
-    def forward(self, noisy, sigma, labels):
-        colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
-        return colours[None, :, :, None, None].expand(len(noisy), 4, 3, *noisy.shape[2:])
-
-
-def painted(pseudo: float) -> tuple[CompactLearner, torch.Tensor]:
-    """A learner whose denoiser is exact, and five cells: three pure colours, a grey one, a red one."""
-    learner = CompactLearner(settings(pseudo=pseudo), 3)
-    learner.denoiser = Paints()
-    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0.3, 0.3, 0.3], [1, 0, 0]])
-    return learner, colours[:, :, None, None].expand(5, 3, 16, 16)
-
-
-def test_a_sure_name_becomes_the_label_of_an_unlabelled_cell():
-    """Grey is as far from every colour; the last cell has a label, which is kept though it is wrong."""
-    learner, still = painted(0.95)
-    labels = torch.tensor([UNLABELLED] * 4 + [2])
-    given = learner._pseudo_labels(still, torch.zeros_like(still), labels)
-    assert given.tolist() == [0, 1, 2, UNLABELLED, 2]
-    assert labels.tolist() == [UNLABELLED] * 4 + [2]
-    assert learner.denoiser.training
-
-
-@pytest.mark.parametrize(("margin", "given"), [(-1e-4, 0), (1e-4, UNLABELLED)])
-def test_how_sure_a_pseudo_label_must_be(margin, given):
-    """Nats of the true colour by hand: errors 0 and 2/3, times sharpness .1 and EDM's weight at .15."""
-    nats = 2 / 3 * 0.1 * (0.15**2 + 0.5**2) / (0.15 * 0.5) ** 2
-    learner, still = painted(1 / (1 + 2 * np.exp(-nats)) + margin)
-    learner.sharpness.log_beta.data.fill_(np.log(0.1))
-    told = learner._pseudo_labels(still[:1], torch.zeros_like(still[:1]), torch.tensor([-1]))
-    assert told.tolist() == [given]
-
-
-def test_pseudo_labels_teach_and_a_cut_run_ends_the_same(tmp_path):
-    """Without `pseudo`, which labels are hidden does not matter to the heads; with it, it does."""
-    data = cells()
-    hidden = TrainingSet(
-        data.canvases, np.where(np.arange(18) % 6, UNLABELLED, data.labels), CLASSES
-    )
-    chosen = settings(checkpoint_minutes=1e-9, pseudo=0.34, sharpness=300.0)
-    go(tmp_path / "whole", chosen, data=hidden)
-    for stop in (3, 5, None):
-        go(tmp_path / "cut", chosen, stop, data=hidden)
-    assert_same(tmp_path / "whole", tmp_path / "cut")
-    without = go(tmp_path / "without", settings(sharpness=300.0), data=hidden)
-    taught = state(tmp_path / "whole")[0]["model"]
-    name = "denoiser.network.change.out.weight"
-    assert not taught[name].equal(without.learner.state_dict()[name])
 
 
 def test_seeds_of_steps_do_not_meet():

@@ -50,7 +50,7 @@ def low_data(
         typer.Option(
             min=0, help="Steps of ours on the unlabelled cells alone, once, to begin from; 0: none."
         ),
-    ] = 0,
+    ] = 2000,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -62,7 +62,7 @@ def low_data(
         int | None, typer.Option(min=1, help="Of each training of ours, instead of the preset's.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Of ours; cpu is a smaller network here, and 400 steps.")
+        str, typer.Option(help="Of ours; cpu is a smaller network here, and 1,000 steps.")
     ] = "cpu",
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting of it.")
@@ -85,7 +85,7 @@ def low_data(
     """Balanced accuracy from few labels, ours and baselines, with and without the unlabelled rest.
 
     OUT/results.json and report.html. Run again, what was trained is kept; a cut training of ours goes
-    on. As it is, with --repeats 3, it should take two cores about two hours.
+    on. With --repeats 3 --baselines resnet it should take two cores about two hours.
     """
     from cytodiffusion.cli.few import (
         World,

@@ -10,7 +10,7 @@ and, for a network that guesses for all classes at once, two more terms:
 
 e_k is the mean squared error of class k. Regression alone teaches each head to draw; the small
 classification term teaches the heads to differ. beta is learned for 16 bins of ln s. An image
-without a label (-1) trains "any cell" alone, unless a sure answer becomes its label (`pseudo`).
+without a label (-1) trains "any cell" alone.
 
 v: D = alpha noisy_scaled - sigma v in precondition.py; min-SNR caps the weight of small noise levels.
 
@@ -69,13 +69,6 @@ class Losses(NamedTuple):
     classification: Tensor
 
 
-def squared_errors(
-    guesses: Float[Tensor, "n k c h w"], clean: Float[Tensor, "n c h w"]
-) -> Float[Tensor, "n k"]:
-    """Mean squared error of each guess."""
-    return (guesses - clean[:, None]).square().mean((2, 3, 4))
-
-
 def class_losses(
     guesses: Float[Tensor, "n k c h w"],
     clean: Float[Tensor, "n c h w"],
@@ -89,7 +82,7 @@ def class_losses(
 
     labels are class indices, or UNLABELLED.
     """
-    errors = squared_errors(guesses, clean) * weight[:, None]
+    errors = (guesses - clean[:, None]).square().mean((2, 3, 4)) * weight[:, None]
     known = labels != UNLABELLED
     target = labels.clamp(min=0)
     count = known.sum().clamp(min=1)

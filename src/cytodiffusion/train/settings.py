@@ -85,12 +85,6 @@ class TrainSettings(BaseModel):
         0.2, ge=0, description="weight of the classification term (heads)"
     )
     sharpness: float = Field(50.0, gt=0, description="first beta of the classification term")
-    pseudo: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="sure enough to be an unlabelled cell's label; 0: never (heads)",
-    )
     label_dropout: float = Field(0.15, ge=0, lt=1, description="labels hidden (class by class)")
 
     precision: str = Field("no", pattern="^(no|bf16|fp16)$", description="mixed precision")
