@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import html
+import re
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,17 +15,16 @@ import pytest
 from helpers import cli, write_discs
 from PIL import Image
 
-from cytodiffusion.bundle import Model
-from cytodiffusion.cli.console import Console
-from cytodiffusion.cli.predict import matching
+from cytodiffusion.bundle import load
 from cytodiffusion.data.find import find_cell, otsu
 from cytodiffusion.data.images import Preprocess, decode
 from cytodiffusion.data.load import look_of
 from cytodiffusion.data.look import Look, crop_for, matched, measure_look
+from cytodiffusion.data.match import fit_frames
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import FileBytes, Sample
 from cytodiffusion.data.stain import Stain, background, measure_stain, optical_density, restain
-from cytodiffusion.errors import DataError
+from cytodiffusion.errors import DataError, SettingsError
 
 FIELD = (240, 220, 200)
 NUCLEUS = (90, 40, 130)  # purple: green is held back more than blue
@@ -172,7 +172,7 @@ def test_a_wrong_match_writes_nothing(tmp_path: Path, words: list[str]) -> None:
     cells = write_discs(tmp_path / "in", each=1)
     told = cli("predict", cells, "-o", tmp_path / "out", "--device", "cpu", *words)
     assert told.code == 2
-    assert "--match" in told.complaint
+    assert "match" in told.complaint
     assert not (tmp_path / "out").exists()
 
 
@@ -213,7 +213,7 @@ def test_frames_that_look_different_are_matched_unasked(
         rows.append(pq.read_table(tmp_path / name / "predictions.parquet").to_pylist())
         if name == "auto":
             assert ("differ from those" in told.err) == (same_as != "nothing" or count < 8)
-            assert ("taken as they are. --match light,scale brings" in told.err) == (count < 8)
+            assert ("taken as they are. Set match to light,scale" in told.err) == (count < 8)
     for auto, asked in zip(*rows, strict=True):
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
 
@@ -226,12 +226,29 @@ def test_what_was_matched_is_written_down(tmp_path: Path) -> None:
     assert told.json["match"] == "light"
 
 
+def test_in_python_frames_are_matched_as_by_the_command(tmp_path: Path) -> None:
+    model, paths = load("pbc8"), sorted(frames(tmp_path / "in", 8, 1.6, 0.8).iterdir())
+    with pytest.warns(UserWarning, match=r"differ from those .* crop 0\.8") as told:
+        unasked = model.read(paths)
+    crop = float(re.findall(r"crop ([0-9.]+)\.", str(told[0].message))[0])
+    asked = model.read(paths, crop=crop, match="light")
+    np.testing.assert_array_equal(unasked.probabilities, asked.probabilities)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        left = model.read(paths, match="nothing")
+        few = model.read(paths[:1], crop=crop, match="light")
+    assert np.abs(left.probabilities - asked.probabilities).max() > 0
+    np.testing.assert_allclose(few.probabilities, asked.probabilities[:1], atol=1e-6)
+    with pytest.raises(SettingsError, match="match size is not one of"):
+        model.read(paths, match="size")
+
+
 def test_the_report_gives_the_whole_call(tmp_path: Path) -> None:
     cells = write_discs(tmp_path / "two words", each=1)
     words = ["--crop", 0.7, "--sets", "class", "--device", "cpu"]
     assert cli("predict", cells, "-o", tmp_path / "out", *words).code == 0
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
-    assert f"cytodiffusion predict '{cells}' -m pbc8" in page
+    assert f"cytodiffusion predict '{cells}' --out {tmp_path / 'out'} --model pbc8" in page
     assert "--crop 0.7" in page
     assert "--sets class" in page
 
@@ -246,14 +263,12 @@ def test_the_report_gives_the_whole_call(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_model_does_anyway_is_not_done_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], does: dict[str, Any],
-    left: tuple[bool, float | None],
-) -> None:  # fmt: skip
+    tmp_path: Path, does: dict[str, Any], left: tuple[bool, float | None]
+) -> None:
     samples = read_dataset(frames(tmp_path / "in", 8, 1.6, 0.8))
-    model = cast("Model", SimpleNamespace(name="it", preprocess=Preprocess(crop=0.55, **does)))
-    light, crop = matching("auto", None, samples, model, Console(False))
+    light, crop, told = fit_frames(samples, Preprocess(crop=0.55, **does))
     assert (light, crop) == (left[0], left[1] and pytest.approx(left[1], rel=0.06))
-    assert ("differ from those" in capsys.readouterr().err) == (left != (False, None))
+    assert ("differ from those" in told) == (left != (False, None))
 
 
 def real(folder: Path, each: int) -> list[Sample]:
@@ -304,7 +319,7 @@ def test_matching_is_said_and_kept(data_root: Path, tmp_path: Path) -> None:
     words = ["predict", tmp_path / "in", "-o", tmp_path / "out", "--device", "cpu"]
     told = cli(*words, "--match", "light,scale")
     assert told.code == 0, told.err
-    assert "--match scale: --crop 0." in told.err
+    assert "match scale: crop 0." in told.err
     again = cli(*words, "--match", "nothing")
     assert again.code == 2
     assert "light" in again.complaint

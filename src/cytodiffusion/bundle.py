@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from cytodiffusion.classify.classifier import Budget, Classifier, Reading
 from cytodiffusion.classify.draws import standard_normal
 from cytodiffusion.classify.evidence import DenoiserMeter, Meter
 from cytodiffusion.data.images import Preprocess, decode, to_tensor
+from cytodiffusion.data.match import fit_frames
+from cytodiffusion.data.sample import FileBytes, Sample
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.precondition import EDMDenoiser, NetworkDenoiser
@@ -93,20 +96,37 @@ class Model:
         """sha256 of model.safetensors, as released."""
         return str(json.loads((self.folder / "checksums.json").read_text())["model.safetensors"])
 
-    def prepare(self, data: bytes, crop: float | None = None) -> tuple[Float[Tensor, "c h w"], str]:
+    def fitted(self, crop: float | None = None, light: bool = False) -> Preprocess:
+        """The bundle's preprocessing, with another centre crop (1: the whole image), or light matched."""
+        change: dict[str, Any] = {"crop": crop} if crop else {}
+        change |= {"match": "light"} if light else {}
+        return self.preprocess.model_copy(update=change)
+
+    def prepare(
+        self, data: bytes, crop: float | None = None, light: bool = False
+    ) -> tuple[Float[Tensor, "c h w"], str]:
         """An image file's bytes -> the image at the model's size, and the file's sha256.
 
-        `crop` overrides the bundle's centre crop (1.0 takes the whole image). Raises UnreadableImage.
+        Raises UnreadableImage.
         """
-        preprocess = self.preprocess.model_copy(update={"crop": crop}) if crop else self.preprocess
-        pixels = preprocess.canvas(decode(data))
+        pixels = self.fitted(crop, light).canvas(decode(data))
         return to_tensor(pixels), hashlib.sha256(data).hexdigest()
 
     def read(
-        self, paths: Iterable[str | Path], budget: str = "balanced", crop: float | None = None
-    ) -> Reading:
-        """Everything that is said of these image files. Raises UnreadableImage."""
-        prepared = [self.prepare(Path(path).read_bytes(), crop) for path in paths]
+        self, paths: Iterable[str | Path], budget: str = "balanced", crop: float | None = None,
+        match: str = "auto",
+    ) -> Reading:  # fmt: skip
+        """Everything that is said of these image files.
+
+        `crop` and `match` as in `fit_frames`; what is done to frames of another laboratory is told in a
+        warning. Raises UnreadableImage, SettingsError, DataError.
+        """
+        files = [Path(path) for path in paths]
+        samples = [Sample(file.name, None, source=FileBytes(file)) for file in files]
+        fit = fit_frames(samples, self.preprocess, match, crop)
+        if fit.told:
+            warnings.warn(fit.told, stacklevel=2)
+        prepared = [self.prepare(file.read_bytes(), fit.crop, fit.light) for file in files]
         images = torch.stack([image for image, _ in prepared])
         table = self.classifier.measure(images, [sha for _, sha in prepared], budget)
         return self.classifier.read(table, budget)

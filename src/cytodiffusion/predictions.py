@@ -60,9 +60,7 @@ class Request:
 
     def preprocess(self, model: Model) -> Preprocess:
         """The bundle's, with what is asked for here laid over it."""
-        change: dict[str, Any] = {"crop": self.crop} if self.crop else {}
-        change |= {"match": "light"} if self.light else {}
-        return model.preprocess.model_copy(update=change)
+        return model.fitted(self.crop, self.light)
 
     def fingerprint(self, model: Model) -> dict[str, Any]:
         """What decides a row, apart from the image."""

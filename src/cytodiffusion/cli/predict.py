@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.predictions import Request, Row
 
-GLANCE = 32  # images by which it is seen whether frames differ from those of training
-CLEAR = 8  # white cells that must be found in them
-
 
 def predict(
     context: Context,
@@ -84,64 +81,13 @@ def predict(
 def matching(
     match: str, crop: float | None, samples: Sequence[Sample], model: Model, console: Console
 ) -> tuple[bool, float | None]:
-    """Whether to match the light, and the crop to take. Raises SettingsError."""
-    from cytodiffusion.data.load import look_of
-    from cytodiffusion.data.look import crop_for
-    from cytodiffusion.errors import SettingsError
+    """Whether to match the light, and the crop to take; says so. Raises SettingsError, DataError."""
+    from cytodiffusion.data.match import fit_frames
 
-    if match == "auto":
-        return _glance(crop, samples, model, console)
-    words = {word.strip() for word in match.split(",")} - {"nothing"}
-    if words - {"light", "scale"}:
-        raise SettingsError(
-            f"--match {match} is not one of: auto, nothing, light, scale, light,scale."
-        )
-    if "scale" in words:
-        if crop is not None:
-            raise SettingsError("--crop and --match scale both set the scale; give one of them.")
-        look, seen = look_of(samples)
-        crop = crop_for(model.preprocess.crop, look, model.preprocess.look)
-        console.note(f"--match scale: --crop {crop}, from the nuclei in {seen} images.")
-    return "light" in words, crop
-
-
-def _glance(
-    crop: float | None, samples: Sequence[Sample], model: Model, console: Console
-) -> tuple[bool, float | None]:
-    """As `matching`: what the frames need, by a glance at some of them; nothing where that is not clear.
-
-    What the model does to every frame anyway is not done twice.
-    """
-    from cytodiffusion.data.load import look_of
-    from cytodiffusion.data.look import crop_for, larger_cells, other_light
-    from cytodiffusion.errors import DataError
-
-    there = model.preprocess.look
-    try:
-        look, seen = look_of(samples, GLANCE)
-    except DataError:
-        return False, crop  # no white cell in them
-    told, light = [], model.preprocess.match == "nothing" and other_light(look, there)
-    if light:
-        told.append("light brought to that of training")
-    fit = crop
-    if crop is None and not model.preprocess.each and larger_cells(look, there):
-        fit = crop_for(model.preprocess.crop, look, there)
-        told.append(f"nuclei {look.nucleus / there.nucleus:.1f} times as large: --crop {fit}")
-    if told and seen < CLEAR:
-        words = ",".join(["light"] * light + ["scale"] * (fit != crop))
-        console.note(
-            f"These frames may differ from those that {model.name} was trained on, but white cells were "
-            f"found in {seen} only of those looked at, and it takes {CLEAR} to tell: they are taken as "
-            f"they are. --match {words} brings them to the look of training."
-        )
-        return False, crop
-    if told:
-        console.note(
-            f"These frames differ from those that {model.name} was trained on: {'; '.join(told)}. "
-            "--match nothing takes them as they are."
-        )
-    return light, fit
+    fit = fit_frames(samples, model.preprocess, match, crop)
+    if fit.told:
+        console.note(fit.told)
+    return fit.light, fit.crop
 
 
 def name_all(
