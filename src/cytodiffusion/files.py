@@ -7,9 +7,11 @@ dot: should the machine itself stop half-way, no reader takes what is left for a
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cytodiffusion.errors import OutputError
 
@@ -38,6 +40,12 @@ def write_file(path: Path, content: bytes, what: str) -> None:
             f"Cannot write {what} {path}: {error.strerror or error}. "
             "Give a folder that can be written and has room."
         ) from error
+
+
+def write_json(path: Path, values: Any, what: str) -> None:
+    """The same of numbers and text, as JSON. Raises OutputError; ValueError for NaN."""
+    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
+    write_file(path, text.encode(), what)
 
 
 @contextlib.contextmanager

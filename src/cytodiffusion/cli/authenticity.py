@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cytodiffusion.cli.benches import write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -76,7 +77,7 @@ def prepare(
     from cytodiffusion.bundle import load
     from cytodiffusion.data.images import Preprocess
     from cytodiffusion.evaluate.blinded import TRUTHS, blind, key_table, page
-    from cytodiffusion.files import write_file
+    from cytodiffusion.files import write_file, write_json
 
     console = Console(json)
     loaded = load(model, "cpu", engine="torch")
@@ -97,7 +98,7 @@ def prepare(
     key = key_table(cells)
     _refuse_another(out, key)
     write_file(out / KEY, key, "the key")
-    write_file(out / DRAWN, _text(_drawn_by(listed[1], cells)), "what is known of the drawn cells")
+    write_json(out / DRAWN, _drawn_by(listed[1], cells), "what is known of the drawn cells")
     for cell in cells:
         write_file(out / CELLS / f"{cell.id}.png", cell.png, "a cell")
     write_file(out / PAGE, page([(c.id, c.png) for c in cells], size).encode(), "the test")
@@ -242,7 +243,6 @@ def score(
     from cytodiffusion.evaluate.authenticity import ALL, Table, agreement, render, summarise
     from cytodiffusion.evaluate.blinded import read_answers, read_key
     from cytodiffusion.evaluate.report import write_page
-    from cytodiffusion.files import write_file
 
     console = Console(json)
     if (out / PAGE).exists():
@@ -271,7 +271,7 @@ def score(
         "problems": problems,
         **facts,
     }
-    write_file(out / "results.json", _text(values), "the results")
+    write_results(out, values)
     write_page(
         out / "report.html", render("Real or drawn?", rows, agreed, outcomes, problems, facts)
     )
@@ -312,12 +312,6 @@ def _curve(table: Table, name: str, seed: int, draws: int, console: Console) -> 
     work = analyse(found, level=THRESHOLD, seed=seed, draws=draws)
     analysis = console.follow(work, f"resampling {plain(name)}", draws, "draws")
     return Outcome(answers, analysis, None, {"weibull": found.aic})
-
-
-def _text(values: dict[str, Any]) -> bytes:
-    import json
-
-    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _heading() -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+    from cytodiffusion.data.sample import Sample
     from cytodiffusion.evaluate.baselines import Baseline, Kind
 
 
@@ -64,11 +65,31 @@ def digest_of(about: object) -> str:
     return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
 
 
+def labelled_cells(
+    source: Path, splits: Path | None, split: str | None, model: Model, limit: int | None, seed: int
+) -> tuple[list[Sample], list[int]]:
+    """Labelled images and the columns of their classes; about `limit`, as many of each class.
+
+    Raises DataError.
+    """
+    import numpy as np
+
+    from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import DataError
+    from cytodiffusion.release import class_index
+
+    found = [s for s in read_dataset(source, splits=splits, split=split) if s.label is not None]
+    if not found:
+        raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
+    names = model.classes.names
+    truth = np.array([class_index(sample.label, names, model.taxonomy) for sample in found])
+    rows = np.sort(race_part(truth, limit, seed)) if limit else np.arange(len(found))
+    return [found[i] for i in rows], truth[rows].tolist()
+
+
 def write_results(out: Path, values: dict[str, Any]) -> None:
     """OUT/results.json. Raises OutputError."""
-    import json
+    from cytodiffusion.files import write_json
 
-    from cytodiffusion.files import write_file
-
-    text = json.dumps(values, indent=1, allow_nan=False) + "\n"
-    write_file(out / "results.json", text.encode(), "the results")
+    write_json(out / "results.json", values, "the results")

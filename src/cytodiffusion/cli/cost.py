@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cytodiffusion.cli.benches import labelled_cells, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -64,20 +65,20 @@ def cost(
     from cytodiffusion.bundle import load
     from cytodiffusion.evaluate.cost import render
     from cytodiffusion.evaluate.report import write_page
-    from cytodiffusion.files import write_file
 
     console = Console(json)
     models = [load(name, pick_device(device), engine) for name in model or ["pbc8"]]
     names = _procedures(procedures, models)
     console.note(NOTICE)
-    samples, classes = _samples(source, splits, split, models, limit, seed)
+    _check_same_classes(models)
+    samples, classes = labelled_cells(source, splits, split, models[0], limit, seed)
     measured = [_measure(each, names, samples, classes, crop, out, console) for each in models]
     rows = [row for each, found in zip(models, measured, strict=True)
             for row in _rows(each, found, seed)]  # fmt: skip
     beside = _across(models, measured, seed)
     facts = {"command": call_of(context), "seed": seed, "cores": cores(), **_origin(models)}
     values = {"procedures": rows, "across": beside, **facts}
-    write_file(out / "results.json", _text(values), "the results")
+    write_results(out, values)
     write_page(out / "report.html", render(f"Cost of naming {source.name}", rows, beside, facts))
     console.result(values, "\n".join([_heading(), *map(_line, rows), f"See {out}."]))
     if console.unread:
@@ -102,31 +103,16 @@ def _procedures(text: str, models: Sequence[Model]) -> list[str]:
     return names
 
 
-def _samples(
-    source: Path, splits: Path | None, split: str | None, models: Sequence[Model],
-    limit: int | None, seed: int,
-) -> tuple[list[Sample], list[int]]:  # fmt: skip
-    """Labelled images and the columns of their classes. Raises DataError."""
-    import numpy as np
-
-    from cytodiffusion.classify.fit import race_part
-    from cytodiffusion.data.readers import read_dataset
+def _check_same_classes(models: Sequence[Model]) -> None:
+    """Raises DataError."""
     from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_index
 
-    first = models[0]
     for other in models[1:]:
-        if other.classes != first.classes:
+        if other.classes != models[0].classes:
             raise DataError(
-                f"{other.name} and {first.name} do not know the same classes, so they cannot be "
+                f"{other.name} and {models[0].name} do not know the same classes, so they cannot be "
                 "compared on the same cells. Run one at a time."
             )
-    found = [s for s in read_dataset(source, splits=splits, split=split) if s.label is not None]
-    if not found:
-        raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
-    truth = np.array([class_index(s.label, first.classes.names, first.taxonomy) for s in found])
-    rows = np.sort(race_part(truth, limit, seed)) if limit else np.arange(len(found))
-    return [found[i] for i in rows], truth[rows].tolist()
 
 
 def _measure(
@@ -247,12 +233,6 @@ def _origin(models: Sequence[Model]) -> dict[str, Any]:
 
     weights = {model.name: model.weights_sha256[:12] for model in models}
     return {"weights": weights, "engine": models[0].engine, "commit": commit()}
-
-
-def _text(values: dict[str, Any]) -> bytes:
-    import json
-
-    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _heading() -> str:

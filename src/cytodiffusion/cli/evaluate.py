@@ -65,7 +65,7 @@ def evaluate(
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
-    from cytodiffusion.files import write_file
+    from cytodiffusion.files import write_json
     from cytodiffusion.predictions import Request
     from cytodiffusion.release import commit
 
@@ -109,7 +109,7 @@ def evaluate(
             "command": call,
             "commit": commit(),
         }
-        write_file(out / "metrics.json", _text(metrics), "the metrics")
+        write_json(out / "metrics.json", metrics, "the metrics")
     else:
         console.note("None of the images could be read, so there is nothing to measure.")
         (out / "metrics.json").unlink(missing_ok=True)  # of images that were there before
@@ -166,12 +166,6 @@ def _speed(rows: list[dict[str, Any]]) -> float:
     """Cells a second, from the rows' own times: a run that was cut and went on says the same."""
     spent = [row["milliseconds"] for row in rows if row["flag"] != "unreadable"]
     return round(1000 * len(spent) / max(sum(spent), 1e-9), 2)
-
-
-def _text(metrics: dict[str, Any]) -> bytes:
-    import json
-
-    return (json.dumps(metrics, indent=1) + "\n").encode()
 
 
 def _lines(metrics: dict[str, Any]) -> list[str]:

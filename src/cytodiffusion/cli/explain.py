@@ -268,7 +268,7 @@ def _take(
     work: Work, item: Loaded, told: Path | list[Found], out: Path, console: Console
 ) -> list[Row]:
     """The rows of one cell, written with their pictures if they are new."""
-    from cytodiffusion.files import write_file
+    from cytodiffusion.files import write_json
 
     name = item.sample.name
     if item.pixels is None:
@@ -280,7 +280,7 @@ def _take(
     else:
         rows = [_write(item, each, row, out) for each, row in told]
         record = {"key": work.key, "rows": rows}
-        write_file(out / "cells" / f"{_stem(item)}.json", _text(record), "an explanation")
+        write_json(out / "cells" / f"{_stem(item)}.json", record, "an explanation")
     if not rows:
         console.note(f"{name}: it is named {' or '.join(work.against)} already.")
     return [row | {"path": name} for row in rows]
@@ -336,12 +336,6 @@ def _safe(name: str) -> str:
     import re
 
     return re.sub(r"[^\w.-]+", "_", name)[:60]
-
-
-def _text(values: Any) -> bytes:
-    import json
-
-    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
 
 # --- what is shown -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.benches import load_baseline
+from cytodiffusion.cli.benches import labelled_cells, load_baseline, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -72,7 +72,6 @@ def faithful(
     from cytodiffusion.evaluate.explained import render, summarise
     from cytodiffusion.evaluate.report import write_page
     from cytodiffusion.explain.counterfactual import Settings
-    from cytodiffusion.files import write_file
     from cytodiffusion.release import commit
 
     console = Console(json)
@@ -82,7 +81,7 @@ def faithful(
     other = load_baseline(baseline, loaded) if baseline else None
     console.note(NOTICE)
     work = Work(loaded, Settings(seed=seed), words, other, crop)
-    samples, classes = _samples(work, source, splits, split, limit, seed)
+    samples, classes = labelled_cells(source, splits, split, loaded, limit, seed)
     cells = _measure(work, samples, classes, out, console)
     facts = {
         "command": call_of(context),
@@ -93,31 +92,11 @@ def faithful(
         "commit": commit(),
     }
     values = summarise(cells, seed)
-    write_file(out / "results.json", _text(values | facts), "the results")
+    write_results(out, values | facts)
     write_page(out / "report.html", render(f"Maps of {source.name}", values, facts))
     console.result(values | facts, "\n".join([*_lines(values), f"See {out}."]))
     if console.unread:
         raise typer.Exit(1)
-
-
-def _samples(
-    work: Work, source: Path, splits: Path | None, split: str | None, limit: int, seed: int
-) -> tuple[list[Sample], list[int]]:
-    """Labelled images, as many of each class, and the columns of their classes. Raises DataError."""
-    import numpy as np
-
-    from cytodiffusion.classify.fit import race_part
-    from cytodiffusion.data.readers import read_dataset
-    from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_index
-
-    found = [s for s in read_dataset(source, splits=splits, split=split) if s.label is not None]
-    if not found:
-        raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
-    names, taxonomy = work.model.classes.names, work.model.taxonomy
-    truth = np.array([class_index(sample.label, names, taxonomy) for sample in found])
-    rows = np.sort(race_part(truth, limit, seed))
-    return [found[i] for i in rows], truth[rows].tolist()
 
 
 def _measure(
@@ -128,7 +107,7 @@ def _measure(
 
     import torch
 
-    from cytodiffusion.files import write_file, writing_to
+    from cytodiffusion.files import write_json, writing_to
 
     torch.set_num_threads(1)  # each of the workers has a core
     found, before = list[Told](), 0
@@ -142,7 +121,7 @@ def _measure(
                 continue
             before += path is None
             if path is not None:
-                write_file(path, _text(told), "what was measured")
+                write_json(path, told, "what was measured")
             found.append(told)
             console.progress("measuring", done, len(samples), "cells", before=before)
     if before:
@@ -286,12 +265,6 @@ class Work:
         changes = {names[k]: found.change for k, found in maps.items()
                    if names[k] in self.words.shares}  # fmt: skip
         return look(clean, changes, cell, self.words)
-
-
-def _text(values: dict[str, Any]) -> bytes:
-    import json
-
-    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _lines(values: dict[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cytodiffusion.cli.benches import digest_of, load_baseline
+from cytodiffusion.cli.benches import digest_of, load_baseline, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -102,7 +102,6 @@ def fidelity(
     from cytodiffusion.evaluate.baselines import BaselineSettings, library
     from cytodiffusion.evaluate.fidelity import matched, render
     from cytodiffusion.evaluate.report import write_page
-    from cytodiffusion.files import write_file
 
     console = Console(json)
     library()  # a missing one is said now
@@ -141,7 +140,7 @@ def fidelity(
 
     facts = {"command": call_of(context), "seed": seed, **_origin(loaded)}
     values = {**results, **facts}
-    write_file(out / "results.json", _text(values), "the results")
+    write_results(out, values)
     order = np.argsort(pixels[0].ratio, kind="stable")[:SHOWN]
     shown = [_picture(both[0], training, pixels[0], i) for i in order.tolist()]
     page = render(f"Cells drawn by {loaded.name}, beside {source.name}", results, shown, facts)
@@ -271,7 +270,7 @@ def _authentic(
     import json
 
     from cytodiffusion.evaluate.fidelity import real_or_drawn
-    from cytodiffusion.files import write_file
+    from cytodiffusion.files import write_json
 
     drawn, real = pair
     path = (
@@ -284,7 +283,7 @@ def _authentic(
         return dict(json.loads(path.read_text()))
     work = real_or_drawn(real.pixels, drawn.pixels, real.labels, settings, pick_device(device))
     found = console.follow(_percent(work), "learning to tell real from drawn", 100, "%")
-    write_file(path, _text(found), "a measurement")
+    write_json(path, found, "a measurement")
     return found
 
 
@@ -356,12 +355,6 @@ def _origin(model: Model) -> dict[str, Any]:
     from cytodiffusion.release import commit
 
     return {"model": model.name, "weights": model.weights_sha256[:12], "commit": commit()}
-
-
-def _text(values: dict[str, Any]) -> bytes:
-    import json
-
-    return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _lines(results: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cytodiffusion.cli.benches import write_results
 from cytodiffusion.cli.console import NOTICE, Console, Context, Device, Json, Out, Seed, call_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,6 @@ def uncertainty(
     from cytodiffusion.evaluate.answers import FORMS, read_all
     from cytodiffusion.evaluate.report import write_page
     from cytodiffusion.evaluate.uncertainty import render
-    from cytodiffusion.files import write_file
 
     console = Console(json)
     if not predictions:
@@ -65,7 +65,7 @@ def uncertainty(
     rows = [outcome.as_dict(seed) for outcome in outcomes]
     facts = {"command": call_of(context), "draws": draws, "seed": seed, **origin}
     values = {"curves": rows, **facts}
-    write_file(out / "results.json", _text(values).encode(), "the results")
+    write_results(out, values)
     write_page(out / "report.html", render("Accuracy by confidence", outcomes, rows, facts))
     console.result(values, "\n".join([*map(_line, rows), f"See {out}."]))
     if any(outcome.problem for outcome in outcomes):
@@ -153,12 +153,6 @@ def _fits(answers: Answers, rate: float | None, tried: Sequence[str]) -> dict[st
         return {name: fit(answers.judged, family=name, guess=rate) for name in tried}
     except DataError as error:
         return str(error)
-
-
-def _text(values: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:
