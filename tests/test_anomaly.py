@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +17,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from cytodiffusion.bundle import ZOO, Model, load
 from cytodiffusion.classify.fit import Plan
+from cytodiffusion.cli.console import Console
+from cytodiffusion.cli.strangers import Bench, run_folder
 from cytodiffusion.data.images import to_tensor
+from cytodiffusion.data.readers import read_dataset
+from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.errors import DataError, SettingsError
 from cytodiffusion.evaluate.anomaly import (
     Cells,
@@ -31,6 +35,7 @@ from cytodiffusion.evaluate.anomaly import (
 )
 from cytodiffusion.evaluate.baselines import SHAPES
 from cytodiffusion.evaluate.corruptions import CORRUPTIONS, corrupt, corrupted
+from cytodiffusion.train.settings import make_settings
 
 # --- how good a score is -------------------------------------------------------------------------
 
@@ -222,9 +227,15 @@ def read(folder: Path) -> dict:
 # --- what is measured ----------------------------------------------------------------------------
 
 
+def run_of(out: Path) -> Path:
+    """The run that was trained without lymphocytes."""
+    (run,) = (out / "lymphocyte").glob("run-*")
+    return run
+
+
 @pytest.fixture(scope="module")
 def model(out: Path) -> Model:
-    return load(out / "lymphocyte" / "run" / "bundle")
+    return load(run_of(out) / "bundle")
 
 
 def discs(each: int, first: int) -> Cells:
@@ -288,7 +299,7 @@ def test_a_class_held_out(out: Path) -> None:
     )
     assert {"normal_flagged", "strange_flagged", "alarm"} <= set(ours)
     assert "normal_flagged" not in rows["lymphocyte", "ours", "zeta"]
-    assert load(out / "lymphocyte" / "run" / "bundle").classes.names == ("eosinophil", "neutrophil")
+    assert load(run_of(out) / "bundle").classes.names == ("eosinophil", "neutrophil")
     assert found["baselines"]["resnet"]["train_images"] == 24
     page = (out / "report.html").read_text()
     assert "bench anomaly" in page
@@ -309,7 +320,7 @@ def test_run_again_nothing_is_done_anew(cells: Path, out: Path, small: None) -> 
 def test_a_run_of_ones_own(cells: Path, out: Path, tmp_path: Path) -> None:
     """The same bundle from elsewhere gives the same rows; without --minutes its time is ours."""
     told = cli("bench", "anomaly", cells, "-o", tmp_path, "--hold-out", "lymphocyte", "--corrupted", 0,
-               "--run", out / "lymphocyte" / "run", "--baselines", "none", "--device", "cpu",
+               "--run", run_of(out), "--baselines", "none", "--device", "cpu",
                "--json")  # fmt: skip
     assert told.code == 0, told.err
     wanted = [r for r in read(out)["rows"] if r["set"] == "lymphocyte" and r["method"] == "ours"]
@@ -317,9 +328,28 @@ def test_a_run_of_ones_own(cells: Path, out: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "lymphocyte").exists()
 
 
+def test_a_run_whose_split_is_not_known_is_no_test(cells: Path, out: Path, tmp_path: Path) -> None:
+    told = cli("bench", "anomaly", cells / "train", "-o", tmp_path / "out", "--hold-out", "lymphocyte",
+               "--run", run_of(out), "--baselines", "none", "--device", "cpu")  # fmt: skip
+    assert told.code == 2
+    assert "Give it with --splits" in told.complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_are_another_run(cells: Path, tmp_path: Path) -> None:
+    bench = Bench(cells, tmp_path, "lymphocyte", make_settings("tiny"), None, None, Taxonomy.load(), 0,
+                  "cpu", "auto", Console(False))  # fmt: skip
+    parts = {"train": read_dataset(cells, split="train")}
+    other = replace(bench, settings=make_settings("tiny", ["seed=1"]))
+    fewer = {"train": parts["train"][1:]}
+    places = [run_folder(bench, parts), run_folder(other, parts), run_folder(bench, fewer)]
+    assert len(set(places)) == 3
+    assert run_folder(bench, parts) == places[0]
+
+
 def test_a_class_the_model_does_not_know_is_strange(cells: Path, out: Path, tmp_path: Path) -> None:
     """Without --hold-out, by the labels alone."""
-    bundle = out / "lymphocyte" / "run" / "bundle"
+    bundle = run_of(out) / "bundle"
     told = cli("bench", "anomaly", cells, "-o", tmp_path, "-m", bundle, "--baselines", "none",
                "--corrupted", 0, "--limit", 4, "--json", "--device", "cpu")  # fmt: skip
     assert told.code == 0, told.err
@@ -331,7 +361,7 @@ def test_an_unreadable_image_is_named(cells: Path, out: Path, tmp_path: Path) ->
     write_discs(tmp_path / "far", each=1)
     (tmp_path / "far" / CLASSES[0] / "00.png").write_bytes(b"no image")
     told = cli("bench", "anomaly", cells, "-o", tmp_path / "out", "-m",
-               out / "lymphocyte" / "run" / "bundle", "--baselines", "none", "--corrupted", 0,
+               run_of(out) / "bundle", "--baselines", "none", "--corrupted", 0,
                "--foreign", tmp_path / "far", "--device", "cpu")  # fmt: skip
     assert told.code == 1
     assert "Not read: eosinophil/00.png" in told.err

@@ -23,6 +23,7 @@ from helpers import CLASSES, TINY, Result, Tiny, cli, contents, disc, tiny_model
 from PIL import Image
 from typer.testing import CliRunner
 
+from cytodiffusion import __version__, release
 from cytodiffusion import bundle as bundles
 from cytodiffusion.cli.console import call_of
 from cytodiffusion.cli.main import app
@@ -805,3 +806,35 @@ def test_a_call_that_is_typed_again_is_the_same_call(typed, told):
         ended = CliRunner().invoke(app, ["verb", *words])
         assert not ended.exit_code, ended.output
     assert calls == [f"cytodiffusion verb {told}"] * 2
+
+
+def test_an_argument_that_begins_with_a_dash_stays_an_argument(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_discs(tmp_path / "-cells", each=1)
+    told = cli("predict", "./-cells", "-o", "out", *CPU)
+    assert told.code == 0, told.err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "cytodiffusion predict ./-cells --out out" in page
+
+
+# --- which code this is --------------------------------------------------------------------------
+
+
+def test_the_commit_is_that_of_this_project_alone(tmp_path, monkeypatch):
+    """Not that of a repository that has this package installed somewhere inside."""
+    words = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*words, "init", "-q"], check=True)
+    package = tmp_path / "src" / "cytodiffusion"
+    inside = tmp_path / ".venv" / "site-packages" / "cytodiffusion"
+    for folder in (package, inside):
+        folder.mkdir(parents=True)
+        (folder / "release.py").write_text("")
+    subprocess.run([*words, "add", "src"], check=True)
+    subprocess.run([*words, "commit", "-q", "-m", "first"], check=True)
+    monkeypatch.setattr(release, "__file__", str(inside / "release.py"))
+    assert release.commit() == f"v{__version__}"
+    monkeypatch.setattr(release, "__file__", str(package / "release.py"))
+    head = release.commit()
+    assert len(head) == 12
+    (package / "release.py").write_text("changed")
+    assert release.commit() == f"{head}+"

@@ -24,7 +24,7 @@ from cytodiffusion.data.match import fit_frames
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import FileBytes, Sample
 from cytodiffusion.data.stain import Stain, background, measure_stain, optical_density, restain
-from cytodiffusion.errors import DataError, SettingsError
+from cytodiffusion.errors import DataError, SettingsError, UnreadableImage
 
 FIELD = (240, 220, 200)
 NUCLEUS = (90, 40, 130)  # purple: green is held back more than blue
@@ -342,3 +342,10 @@ def test_nothing_is_matched_at_home(data_root: Path, tmp_path: Path) -> None:
         told = cli("predict", cells, "-o", tmp_path / "out" / name, "--device", "cpu")
         assert told.code == 0, told.err
         assert "differ" not in told.err
+
+
+def test_files_that_are_none_are_said_in_python_too(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImage, match="missing"):
+        load("pbc8").read([tmp_path / "none.png"])
+    with pytest.raises(DataError, match="No image files"):
+        load("pbc8").read([])

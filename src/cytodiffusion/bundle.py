@@ -42,7 +42,7 @@ from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.precondition import EDMDenoiser, NetworkDenoiser
 from cytodiffusion.engines.engine import best_engine, make_engine
-from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
+from cytodiffusion.errors import ChangedBundle, DataError, ModelError, OutputError
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.networks.latent import LATENT, LatentNetwork, LatentShape, LatentSpace
 from cytodiffusion.types import PIXELS, Classes, Space
@@ -118,22 +118,27 @@ class Model:
     ) -> Reading:  # fmt: skip
         """Everything that is said of these image files.
 
-        `crop` and `match` as in `fit_frames`; what is done to frames of another laboratory is told in a
-        warning. Raises UnreadableImage, SettingsError, DataError.
+        `crop` and `match` as in `fit_frames`. Eight or more white cells show whether frames are those of
+        another laboratory; what is then done to them is told in a warning. Raises UnreadableImage,
+        SettingsError, DataError.
         """
-        files = [Path(path) for path in paths]
-        samples = [Sample(file.name, None, source=FileBytes(file)) for file in files]
+        samples = [Sample(Path(path).name, None, source=FileBytes(Path(path))) for path in paths]
+        if not samples:
+            raise DataError("No image files were given.")
         fit = fit_frames(samples, self.preprocess, match, crop)
         if fit.told:
             warnings.warn(fit.told, stacklevel=2)
-        prepared = [self.prepare(file.read_bytes(), fit.crop, fit.light) for file in files]
+        prepared = [self.prepare(sample.read(), fit.crop, fit.light) for sample in samples]
         images = torch.stack([image for image, _ in prepared])
         table = self.classifier.measure(images, [sha for _, sha in prepared], budget)
         return self.classifier.read(table, budget)
 
-    def predict(self, paths: Iterable[str | Path], budget: str = "balanced") -> list[str]:
-        """Names of the cells in these image files."""
-        return [answer.predicted for answer in self.read(paths, budget).answers()]
+    def predict(
+        self, paths: Iterable[str | Path], budget: str = "balanced", crop: float | None = None,
+        match: str = "auto",
+    ) -> list[str]:  # fmt: skip
+        """Names of the cells in these image files; as `read`."""
+        return [answer.predicted for answer in self.read(paths, budget, crop, match).answers()]
 
 
 # --- writing -------------------------------------------------------------------------------------

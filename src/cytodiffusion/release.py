@@ -294,11 +294,22 @@ def _passes(budget: Budget) -> str:
 
 
 def commit() -> str:
-    """The commit this code is at, or the version where there is no checkout."""
-    here = Path(__file__).parent
-    words = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
+    """The commit this code is at, with a + where files differ from it; else the version."""
+    package = Path(__file__).resolve().parent
+    top = _git(package, "rev-parse", "--show-toplevel")
+    if (
+        not top or Path(top).resolve() / "src" / package.name != package
+    ):  # no checkout of this project
+        return f"v{__version__}"
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return _git(package, "rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git says; nothing where it is not there, or has nothing to say."""
     try:
-        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # no git on this machine
-        found = ""
-    return found or f"v{__version__}"
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except OSError:
+        return ""

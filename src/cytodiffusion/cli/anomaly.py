@@ -99,6 +99,7 @@ def anomaly(
         make_baseline,
         read_canvases,
         read_sets,
+        run_folder,
         score_sets,
     )
     from cytodiffusion.data.taxonomy import Taxonomy
@@ -109,11 +110,10 @@ def anomaly(
 
     console, where, labels = Console(json), pick_device(device), Taxonomy.load()
     kinds = find_kinds(baselines)
-    splits = splits or _split_file(run)
+    splits = splits or _split_file(source, run)
     held = _held_out(source, splits, hold_out, run, labels)
-    folder = None if held is None else run or out / held / "run"
     if held is None or run:  # what can be wrong is said before anything is written
-        _minutes(folder, minutes, kinds, where)
+        _minutes(run, minutes, kinds, where)
     unseen = list_foreign(foreign or [])
     settings = make_settings(preset, [*(change or []), f"seed={seed}"])
     bench = Bench(
@@ -121,6 +121,7 @@ def anomaly(
     )
     console.note(NOTICE)
     parts = list_parts(bench, splits, split)
+    folder = None if held is None else run or run_folder(bench, parts)
     bench, ours = find_model(bench, model, folder, parts, trained=run is not None)
     sets = read_sets(bench, ours, parts, unseen, limit, corrupted)
     rivals = []
@@ -148,9 +149,19 @@ def anomaly(
 # --- what was asked for --------------------------------------------------------------------------
 
 
-def _split_file(run: Path | None) -> Path | None:
-    """The split that a run was trained with, where it made its own."""
-    return run / "splits.csv" if run and (run / "splits.csv").is_file() else None
+def _split_file(source: Path, run: Path | None) -> Path | None:
+    """The split that a run made of its own, if any. Raises SettingsError where it is not known."""
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import SettingsError
+
+    if run is None or (run / "splits.csv").is_file():
+        return run and run / "splits.csv"
+    if all(sample.split is None for sample in read_dataset(source)):
+        raise SettingsError(
+            f"{run} was trained on a split that it did not make. Give it with --splits: what a run was "
+            "trained on is no test of it."
+        )
+    return None
 
 
 def _held_out(

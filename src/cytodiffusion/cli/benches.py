@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.evaluate.baselines import Baseline, Kind
+
+T = TypeVar("T")
 
 
 def find_kinds(text: str) -> list[Kind]:
@@ -56,6 +59,15 @@ def read_counts(text: str, least: int) -> list[int]:
             f"--labels takes numbers from {least} on, as in 10,20,50; not '{text}'."
         )
     return counts
+
+
+def percent(work: Generator[Any, None, T]) -> Generator[int, None, T]:
+    """The progress of a baseline's training, in percent."""
+    while True:
+        try:
+            yield round(100 * next(work).done)
+        except StopIteration as end:
+            return end.value
 
 
 def digest_of(about: object) -> str:

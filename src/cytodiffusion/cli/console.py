@@ -110,7 +110,7 @@ def call_of(context: Context, **other: object) -> str:
         value, name = values[str(parameter.name)], parameter.opts[0]
         several = value if isinstance(value, list | tuple) else [value]
         if parameter.param_type_name == "argument":
-            words += map(str, several)
+            words += [f"./{one}" if str(one).startswith("-") else str(one) for one in several]
         elif isinstance(value, bool):
             options += [name] * value or parameter.secondary_opts
         else:

@@ -160,7 +160,7 @@ def place(world: World, job: Job) -> Path:
 
     rows, labels = given_to(world, job)
     cells = [(world.train.digests[i], int(k)) for i, k in zip(rows, labels, strict=True)]
-    first = world.first_steps if job.method.rest else 0
+    first = first_settings(world) if job.method.rest and world.first_steps else None
     own = (world.settings, first, draws()) if job.method.kind == OURS else _baseline(world, job)
     light = (world.settings.preprocess, world.settings.augmentation, world.classes)
     about = (job.repeat, world.seed, own, light, cells, world.test.sha256)
@@ -268,13 +268,15 @@ def _train_baseline(world: World, job: Job) -> Told:
 
 def first_folder(world: World) -> Path:
     """The run on the unlabelled cells alone, from which those of all repeats begin."""
-    about = (first_settings(world), world.train.sha256)
+    about = (first_settings(world), world.classes, world.train.sha256)
     return world.out / f"first-{digest_of(about)}"
 
 
 def first_settings(world: World) -> TrainSettings:
-    """Settings of the run without labels."""
-    return world.settings.model_copy(update={"steps": world.first_steps, **UNNAMED})
+    """Settings of the run without labels, one for all repeats; what is named does not count there."""
+    return world.settings.model_copy(
+        update={**UNNAMED, "steps": world.first_steps, "seed": world.seed}
+    )
 
 
 def train_first(world: World, console: Console) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cytodiffusion.cli.benches import digest_of, load_baseline, write_results
+from cytodiffusion.cli.benches import digest_of, load_baseline, percent, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
     from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.sample import Sample
-    from cytodiffusion.evaluate.baselines import Baseline, Progress
+    from cytodiffusion.evaluate.baselines import Baseline
     from cytodiffusion.evaluate.features import Extractor
     from cytodiffusion.evaluate.fidelity import Nearest
 
@@ -238,7 +238,7 @@ def _independent(
         training.canvases, training.labels, names, model.preprocess, Augmentation(), settings,
         device=device,
     )  # fmt: skip
-    found = console.follow(_percent(work), "training the independent classifier", 100, "%")
+    found = console.follow(percent(work), "training the independent classifier", 100, "%")
     with writing_to(folder):
         found.save(folder)
     return found
@@ -282,7 +282,7 @@ def _authentic(
         console.note(f"Real or drawn: measured before, see {path}.")
         return dict(json.loads(path.read_text()))
     work = real_or_drawn(real.pixels, drawn.pixels, real.labels, settings, pick_device(device))
-    found = console.follow(_percent(work), "learning to tell real from drawn", 100, "%")
+    found = console.follow(percent(work), "learning to tell real from drawn", 100, "%")
     write_json(path, found, "a measurement")
     return found
 
@@ -322,14 +322,6 @@ def _copies(near: dict[str, tuple[Nearest, Nearest]]) -> dict[str, dict[str, Any
     from cytodiffusion.evaluate.fidelity import copies
 
     return {name: copies(*each) for name, each in near.items()}
-
-
-def _percent(work: Generator[Progress, None, T]) -> Generator[int, None, T]:
-    while True:
-        try:
-            yield round(100 * next(work).done)
-        except StopIteration as end:
-            return end.value
 
 
 # --- what is shown -------------------------------------------------------------------------------

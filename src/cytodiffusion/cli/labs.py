@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cytodiffusion.cli.benches import digest_of
+from cytodiffusion.cli.benches import digest_of, percent
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
@@ -44,8 +44,13 @@ class Lab:
         import numpy as np
 
         from cytodiffusion.classify.fit import race_part
+        from cytodiffusion.errors import DataError
 
-        rows = np.array([i for i, sample in enumerate(self.samples) if sample.split == "val"])
+        rows = np.array(
+            [i for i, sample in enumerate(self.samples) if sample.split == "val"], dtype=int
+        )
+        if not len(rows):
+            raise DataError(f"{self.name} has no cells in the split 'val', which are held out.")
         if count is not None:
             rows = rows[np.sort(race_part(np.array(self.truth)[rows], count, seed))]
         chosen = rows.tolist()
@@ -236,18 +241,10 @@ def make_baseline(
         settings.augmentation, wanted, held=(pixels["val"].images, pixels["val"].labels),
         device=bench.device,
     )  # fmt: skip
-    found = console.follow(_percent(fitting), f"training {kind}", 100, "%")
+    found = console.follow(percent(fitting), f"training {kind}", 100, "%")
     with writing_to(place):
         found.save(place)
     return found
-
-
-def _percent(work: Generator[Any, None, Baseline]) -> Generator[int, None, Baseline]:
-    while True:
-        try:
-            yield round(100 * next(work).done)
-        except StopIteration as end:
-            return end.value
 
 
 # --- measuring -----------------------------------------------------------------------------------

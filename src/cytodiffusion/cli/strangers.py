@@ -6,14 +6,14 @@ Each step keeps what it made in OUT, under a name that holds a digest of all tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cytodiffusion.cli.benches import digest_of
+from cytodiffusion.cli.benches import digest_of, percent
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.anomaly import Cells, Measured, Scored
-    from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings, Progress
+    from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings
     from cytodiffusion.train.settings import TrainSettings
 
     Parts = dict[str, Sequence[Sample]]
@@ -75,7 +75,7 @@ def list_foreign(folders: Sequence[Path]) -> Parts:
 
     found: Parts = {}
     for folder in folders:
-        name = folder.name if folder.name not in found else str(folder)
+        name = folder.name if folder.name not in found else str(folder).strip("/").replace("/", " ")
         found[name] = [replace(sample, label=None) for sample in read_dataset(folder)]
     return found
 
@@ -179,6 +179,12 @@ def _corrupted(bench: Bench, ours: Model, samples: Sequence[Sample]) -> dict[str
 # --- models --------------------------------------------------------------------------------------
 
 
+def run_folder(bench: Bench, parts: Parts) -> Path:
+    """Of the run that is trained here: another for other settings, and for other cells."""
+    about = (bench.settings, [(sample.name, sample.label) for sample in parts["train"]])
+    return bench.out / str(bench.held) / f"run-{digest_of(about)}"
+
+
 def find_model(
     bench: Bench, name: str, folder: Path | None, parts: Parts, trained: bool
 ) -> tuple[Bench, Model]:
@@ -211,10 +217,11 @@ def find_model(
 
 def _train(bench: Bench, folder: Path, parts: Parts) -> None:
     """Train without the class, as `train` does, and write the bundle."""
-    from cytodiffusion.cli.train import run_training, write_bundle
+    from cytodiffusion.cli.train import run_training, with_look, write_bundle
 
     console, labels = bench.console, bench.labels
-    run, held = run_training(parts, folder, bench.settings, bench.device, labels, console)
+    settings = with_look(bench.settings, parts["train"], console)
+    run, held = run_training(parts, folder, settings, bench.device, labels, console)
     if run is None:
         raise typer.Exit  # a helper process of a run over several
     origin = {"data": bench.source.resolve().name, "held_out": bench.held}
@@ -249,18 +256,10 @@ def make_baseline(
         train.pixels, train.labels, names, preprocess, augmentation, settings,
         held=(known.pixels, known.labels), device=bench.device,
     )  # fmt: skip
-    found = console.follow(_percent(work), f"training {settings.kind}", 100, "%")
+    found = console.follow(percent(work), f"training {settings.kind}", 100, "%")
     with writing_to(folder):
         found.save(folder)
     return found
-
-
-def _percent(work: Generator[Progress, None, Baseline]) -> Generator[int, None, Baseline]:
-    while True:
-        try:
-            yield round(100 * next(work).done)
-        except StopIteration as end:
-            return end.value
 
 
 # --- measuring -----------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def train(
     settings = with_look(settings, parts["train"], console)
     run, held = run_training(parts, out, settings, device, labels, console, start)
     if run is not None:
-        origin = {"data": source.resolve().name, "preset": preset, "changes": changes}
+        told = [f"latent.start={_source(c.partition('=')[2])}" if c.startswith("latent.start=") else c
+                for c in changes]  # fmt: skip
+        origin = {"data": source.resolve().name, "preset": preset, "changes": told}
         origin |= {"start": Path(start).resolve().name} if start else {}
         result = write_bundle(run, held, out / "bundle", out.name, origin, labels, console)
         console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
@@ -89,7 +91,9 @@ def with_look(
     try:
         look, _ = look_of(samples)
     except DataError:
-        console.note("No white cell was found in these frames: predict --match will not fit them.")
+        console.note(
+            "No white cell was found in these frames: predict --match brings others to the look of PBC's."
+        )
         return settings
     preprocess = settings.preprocess.model_copy(update={"look": look})
     return settings.model_copy(update={"preprocess": preprocess})

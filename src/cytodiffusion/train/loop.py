@@ -9,7 +9,6 @@ on the same images as one does.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -295,8 +294,3 @@ def mix(*numbers: int) -> int:
         np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]
         >> np.uint64(1)
     )
-
-
-def write_classes(run: Run) -> None:
-    """Write the names of the classes beside the settings."""
-    (run.folder / "classes.json").write_text(json.dumps(run.data.classes))
