@@ -18,6 +18,9 @@ from cytodiffusion import release
 from cytodiffusion.bundle import load, verify
 from cytodiffusion.classify.fit import Plan
 from cytodiffusion.cli import models
+from cytodiffusion.data.look import Look
+from cytodiffusion.data.match import Fit, fit_frames
+from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.errors import ModelError
 
 FITTED = {
@@ -272,13 +275,60 @@ def test_a_full_disk_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_of_an_older_version_says_so(before: Path, cells: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(before, tmp_path / "old"))
-    config = json.loads((folder / "config.json").read_text()) | {"format": bundles.FORMAT - 1}
+def older(before: Path, folder: Path, version: int) -> Path:
+    """The bundle as one of an older version, with nothing in its calibration that is known today."""
+    shutil.copytree(before, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"format": version}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "calibration.json").write_text("{}")
     bundles._write_checksums(folder)
-    with pytest.raises(ModelError, match="older cytodiffusion"):
+    return folder
+
+
+def test_a_bundle_of_an_older_version_can_be_calibrated_anew(
+    before: Path, after: Path, cells: Path, tmp_path: Path
+) -> None:
+    folder = older(before, tmp_path / "old", bundles.SAME_WEIGHTS)
+    with pytest.raises(ModelError, match=r"older cytodiffusion.* Calibrate it anew"):
         load(folder)
+    told = calibrate(cells, folder, tmp_path / "new")
+    assert told.code == 0, told.err
+    assert contents(tmp_path / "new") == contents(after)
+    told = calibrate(
+        cells, older(before, tmp_path / "older", bundles.SAME_WEIGHTS - 1), tmp_path / "b"
+    )
+    assert told.code == 2
+    assert "run its `train` again" in told.complaint
+
+
+def test_what_is_found_for_frames_is_kept(
+    before: Path, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Fit(True, 0.9, "These frames differ", Look(nucleus=0.4, cell=0.5))
+    monkeypatch.setattr("cytodiffusion.data.match.fit_frames", lambda *_: found)
+    told = calibrate(cells, before, tmp_path / "b")
+    assert told.code == 0, told.err
+    assert "These frames differ" in told.err
+    old, new = (load(each).preprocess for each in (before, tmp_path / "b"))
+    look = old.look.model_copy(update={"nucleus": 0.4, "cell": 0.5})
+    assert new == old.model_copy(update={"match": "light", "crop": 0.9, "look": look})
+
+
+@pytest.mark.real
+def test_frames_of_another_laboratory_are_calibrated_on_as_they_are_named(data_root: Path) -> None:
+    """OUT brings every frame to the look of training, one alone too, and finds nothing left to match."""
+    raabin = data_root / "raabin"
+    if not raabin.is_dir():
+        pytest.skip(f"no real cells at {raabin}")
+    frames, plain = read_dataset(raabin), load("pbc8").preprocess
+    fit = fit_frames(frames, plain)
+    settled = fit.settled(plain)
+    assert fit.light
+    assert fit.crop is not None
+    assert (settled.match, settled.crop) == ("light", fit.crop)
+    assert settled.look.light == plain.look.light
+    again = fit_frames(frames, settled)
+    assert (again.light, again.crop, again.told) == (False, None, "")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -48,6 +48,7 @@ from cytodiffusion.networks.latent import LATENT, LatentNetwork, LatentShape, La
 from cytodiffusion.types import PIXELS, Classes, Space
 
 FORMAT = 5
+SAME_WEIGHTS = 4  # the first format whose weights and preprocessing are as they are now
 FILES = (
     "config.json", "model.safetensors", "preprocess.json", "labels.yaml", "calibration.json",
     "card.md", "LICENSE", "data_license.txt", "test_vectors.npz",
@@ -228,9 +229,10 @@ def _half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def recalibrated(
-    folder: Path, model: Model, budgets: dict[str, Budget], card: str, origin: dict[str, Any]
-) -> None:
-    """Write a model with other budgets, and all else that it holds, whole or not at all.
+    folder: Path, model: Model, preprocess: Preprocess, budgets: dict[str, Budget], card: str,
+    origin: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write a model with other preprocessing and budgets, and all else that it holds, whole or not at all.
 
     The folder may be the model's own. Raises OutputError.
     """
@@ -240,7 +242,7 @@ def recalibrated(
         folder,
         Parts(
             name=model.name, denoiser=model.denoiser, classes=model.classes,
-            preprocess=model.preprocess, budgets=budgets, taxonomy=model.taxonomy, card=card,
+            preprocess=preprocess, budgets=budgets, taxonomy=model.taxonomy, card=card,
             license=texts["LICENSE"], data_license=texts["data_license.txt"], origin=origin,
             space=model.space, radius=getattr(model.classifier.meter, "radius", None),
             others={path.name: path.read_bytes() for path in others},
@@ -414,23 +416,28 @@ def _network(config: dict[str, Any], weights: dict[str, Tensor]) -> Network:
 
 
 def load(
-    model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu", engine: str = "auto"
-) -> Model:
+    model: str | Path = DEFAULT_MODEL, device: str | torch.device = "cpu", engine: str = "auto",
+    calibrated: bool = True,
+) -> Model:  # fmt: skip
     """Load a bundle folder, or a shipped model by name.
 
     `engine` computes the errors (engines/engine.py); "auto" is CYTODIFFUSION_ENGINE or, on the
-    processor, the quickest one that is installed. Raises ModelError when there is no such model,
-    ChangedBundle when a file is not as it was released, SettingsError for an engine that is not one.
+    processor, the quickest one that is installed. Not `calibrated`: without budgets, to be calibrated
+    anew; so may be a bundle of an older format whose weights are as today's. Raises ModelError when
+    there is no such model, ChangedBundle when a file is not as it was released, SettingsError for an
+    engine that is not one.
     """
     folder = find_bundle(model)
     check_files(folder)
     config = json.loads((folder / "config.json").read_text())
-    if str(config.get("format")) in map(str, range(1, FORMAT)):
+    known = range(FORMAT if calibrated else SAME_WEIGHTS, FORMAT + 1)
+    if config.get("format") in range(1, known[0]):
         raise ModelError(
             f"{folder} has format {config['format']}, of an older cytodiffusion; this version reads format "
-            f"{FORMAT}. Run its `train` again, which calibrates a finished run anew."
+            f"{FORMAT}. Calibrate it anew with `models calibrate`, or run its `train` again, which "
+            "calibrates a finished run."
         )
-    if config.get("format") != FORMAT or config.get("network") not in ("compact", "latent"):
+    if config.get("format") not in known or config.get("network") not in ("compact", "latent"):
         raise ModelError(
             f"{folder} has format {config.get('format')} and network '{config.get('network')}'; this "
             f"version reads format {FORMAT} with 'compact' or 'latent'. Install a newer cytodiffusion."
@@ -443,7 +450,7 @@ def load(
     classifier = Classifier(
         network.denoiser,
         Classes(tuple(config["classes"])),
-        calibration_from_json(calibration),
+        calibration_from_json(calibration) if calibrated else {},
         POSES,
         together=network.together,
         name=config["name"],

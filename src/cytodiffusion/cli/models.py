@@ -112,12 +112,15 @@ def calibrate(
 ) -> None:
     """Fit probabilities, sets, strangeness and stopping anew on the labelled cells of DIR.
 
-    OUT is a bundle with the same weights. The cells should be as those that will be named.
+    OUT is a bundle with the same weights. The cells should be as those that will be named: where their
+    frames clearly differ from those of training, they are brought to their look, as by `predict`, and OUT
+    does so with every frame.
     """
     import torch
 
     from cytodiffusion.bundle import check_place, load, recalibrated
     from cytodiffusion.cli.train import check_counts, check_held
+    from cytodiffusion.data.match import fit_frames
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.release import calibrate as fit
     from cytodiffusion.release import calibrations, commit, load_pixels, make_card, plan_of
@@ -125,7 +128,7 @@ def calibrate(
 
     console = Console(json)
     check_place(out)
-    loaded = load(model, pick_device(device), engine="torch")
+    loaded = load(model, pick_device(device), engine="torch", calibrated=False)
     if loaded.space is PIXELS:
         loaded.denoiser.cpu()  # small, and quicker there on many threads
     names, together = loaded.classes.names, loaded.classifier.together
@@ -134,7 +137,11 @@ def calibrate(
     where = str(source) if split is None else f"the split '{split}' of {source}"
     check_held(samples, names, loaded.taxonomy, where)
     console.note(NOTICE)
-    work = load_pixels(samples, names, loaded.preprocess, 1.0, cores(), loaded.taxonomy)
+    frames = fit_frames(samples, loaded.preprocess)
+    if frames.told:
+        console.note(frames.told)
+    preprocess = frames.settled(loaded.preprocess)
+    work = load_pixels(samples, names, preprocess, 1.0, cores(), loaded.taxonomy)
     held = console.follow(work, "reading", len(samples), "images")
     for problem in held.problems:
         console.unread += 1
@@ -148,10 +155,8 @@ def calibrate(
         "calibrated_on": source.resolve().name, "calibrated_at": commit(), "val_sha256": held.sha256
     }  # fmt: skip
     size = sum(weight.numel() for weight in loaded.denoiser.parameters())
-    card = make_card(
-        loaded.name, loaded.classes, loaded.preprocess, loaded.form, size, calibrated, origin
-    )
-    recalibrated(out, loaded, calibrated.budgets, card, origin)
+    card = make_card(loaded.name, loaded.classes, preprocess, loaded.form, size, calibrated, origin)
+    recalibrated(out, loaded, preprocess, calibrated.budgets, card, origin)
     values = {"bundle": str(out), "cells": len(held.labels), "validation": calibrated.scores}
     console.result(values, f"Calibrated on {len(held.labels):,} cells: {out}.")
     if console.unread:

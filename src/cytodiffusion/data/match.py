@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cytodiffusion.data.images import Preprocess
 from cytodiffusion.data.load import look_of
-from cytodiffusion.data.look import crop_for, larger_cells, other_light
+from cytodiffusion.data.look import Look, crop_for, larger_cells, other_light
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import DataError, SettingsError
 
@@ -24,6 +24,18 @@ class Fit(NamedTuple):
     light: bool  # brought to that of training
     crop: float | None  # in place of the model's own
     told: str = ""  # what was found, for the reader
+    look: Look | None = None  # of the frames, where something is done to them
+
+    def settled(self, preprocess: Preprocess) -> Preprocess:
+        """Preprocessing that does this to every frame, and takes their scale for that of training."""
+        if self.look is None:
+            return preprocess
+        own = {"nucleus": self.look.nucleus, "cell": self.look.cell} if self.crop else {}
+        change: dict[str, object] = {"match": "light"} if self.light else {}
+        change |= {"crop": self.crop} if self.crop else {}
+        return preprocess.model_copy(
+            update={**change, "look": preprocess.look.model_copy(update=own)}
+        )
 
 
 def fit_frames(
@@ -82,4 +94,4 @@ def _glance(samples: Sequence[Sample], preprocess: Preprocess, crop: float | Non
     return Fit(light, fit, (
         f"These frames differ from those that the model was trained on: {'; '.join(told)}. "
         "Set match to nothing to take them as they are."
-    ))  # fmt: skip
+    ), look)  # fmt: skip
