@@ -13,7 +13,15 @@ from helpers import CLASSES, cli
 
 from cytodiffusion.bundle import ZOO
 from cytodiffusion.errors import DataError
-from cytodiffusion.evaluate import anomaly, authenticity, explained, fidelity, low_data, shift
+from cytodiffusion.evaluate import (
+    anomaly,
+    augment,
+    authenticity,
+    explained,
+    fidelity,
+    low_data,
+    shift,
+)
 from cytodiffusion.evaluate.answers import Answers, Judged
 from cytodiffusion.evaluate.blinded import Answer, Truth
 from cytodiffusion.evaluate.findings import READERS, Line, take
@@ -90,6 +98,16 @@ def low_data_results(source: str = "pbc") -> dict[str, Any]:
             "command": f"{BENCH} low-data x/{source} -o out"}  # fmt: skip
 
 
+def augment_results() -> dict[str, Any]:
+    """Two of two rare cells are found with copies, one alone, and none with drawn ones."""
+    truth, rows = np.array([0, 0, 1, 1]), []
+    for arm, named in (("real", [0, 1, 1, 1]), ("drawn", [1, 1, 1, 1]), ("copies", [0, 0, 1, 1])):
+        rows += [augment.row(10, r, "resnet", arm, truth, np.eye(2)[named], 0, {"steps": 1, "seconds": 6.0})
+                 for r in (0, 1)]  # fmt: skip
+    return {"rows": rows, "summary": augment.summary(rows), "gains": augment.gains(rows),
+            "rare_class": "basophil", "command": f"{BENCH} augment x/pbc drawn"}  # fmt: skip
+
+
 def uncertainty_results() -> dict[str, Any]:
     """Every right answer is surer than every wrong one. Too few for a curve."""
     judged = Judged.of(np.array([0.5, 0.9, 0.9, 0.95]), np.array([False, True, True, True]))
@@ -135,8 +153,9 @@ def explain_results() -> dict[str, Any]:
 
 RESULTS = {
     "evaluate": evaluate_results, "cost": cost_results, "anomaly": anomaly_results,
-    "shift": shift_results, "low-data": low_data_results, "uncertainty": uncertainty_results,
-    "authenticity": authenticity_results, "fidelity": fidelity_results, "explain": explain_results,
+    "shift": shift_results, "augment": augment_results, "low-data": low_data_results,
+    "uncertainty": uncertainty_results, "authenticity": authenticity_results, "fidelity": fidelity_results,
+    "explain": explain_results,
 }  # fmt: skip
 
 
@@ -173,6 +192,7 @@ def test_ours_and_the_best_baseline() -> None:
         (lines(shift_results())[0], 1.0, 0.75, "resnet, as trained"),
         (lines(shift_results())[1], 0.75, 0.5, "vit, all sets but this, light + scale"),
         (lines(low_data_results())[0], 1.0, 0.5, "vit + unlabelled"),
+        (lines(augment_results())[0], 0.0, 0.5, "resnet, real cells alone"),
         (lines(uncertainty_results())[0], 1.0, None, ""),
         (lines(authenticity_results())[0], 0.75, None, ""),
         (lines(fidelity_results())[0], 0.75, 1.0, "real cells, the same classifier"),

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from cytodiffusion.evaluate.anomaly import OURS, TOLD
+from cytodiffusion.evaluate.augment import WORDS
 from cytodiffusion.evaluate.corruptions import CORRUPTIONS
 from cytodiffusion.evaluate.explained import said
 from cytodiffusion.evaluate.published import (
@@ -238,6 +239,30 @@ def shift(values: Values) -> Findings:
     )  # fmt: skip
 
 
+def augment(values: Values) -> Findings:
+    """A line for each number of real cells and each classifier: topped up by drawn cells, or not."""
+    lines = []
+    for row in values["summary"]:
+        if row["trained_on"] == "drawn":
+            plain = next(
+                each for each in values["summary"]
+                if each["trained_on"] == "real"
+                and (each["labels"], each["classifier"]) == (row["labels"], row["classifier"])
+            )  # fmt: skip
+            lines.append(Line(
+                f"Do drawn cells help where there are {row['labels']} of {values['rare_class']}? (recall)",
+                take(row, "recall", of=f"{row['classifier']}, topped up"),
+                take(plain, "recall", of=f"{row['classifier']}, real cells alone"),
+            ))  # fmt: skip
+    return Findings(
+        lines,
+        ("Real cells", "Classifier", "Trained on", "Repeats", "Recall", "Precision", "Balanced accuracy"),
+        [[str(row["labels"]), row["classifier"], WORDS[row["trained_on"]], str(row["repeats"]),
+          take(row, "recall"), take(row, "precision"), take(row, "balanced_accuracy")]
+         for row in values["summary"]],
+    )  # fmt: skip
+
+
 def low_data(values: Values) -> Findings:
     """A line for each number of labels, with the unlabelled rest where it was used."""
     sets, lines = sets_of(values), []
@@ -371,6 +396,7 @@ READERS: dict[str, Callable[[Values], Findings]] = {
     "cost": cost,
     "anomaly": anomaly,
     "shift": shift,
+    "augment": augment,
     "low-data": low_data,
     "uncertainty": uncertainty,
     "authenticity": authenticity,

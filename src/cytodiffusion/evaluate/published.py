@@ -116,6 +116,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
             )
         ),
     ),
+    "augment": (),
     "low-data": (LOW_DATA,),
     "uncertainty": (SURE,),
     "authenticity": (EXPERTS,),
