@@ -218,6 +218,23 @@ def test_frames_that_look_different_are_matched_unasked(
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
 
 
+def test_a_folder_that_grows_is_matched_as_before(tmp_path: Path) -> None:
+    """What the first frames showed stays, so that what was named stays; a crop of one's own does not."""
+    cells, words = frames(tmp_path / "in", 8, 1.6, 0.8), ["-o", tmp_path / "out", "--device", "cpu"]
+    assert cli("predict", cells, *words).code == 0
+    before = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    for path in sorted(frames(tmp_path / "more", 12, 1.8, 0.8).iterdir()):
+        path.rename(cells / f"more-{path.name}")
+    told = cli("predict", cells, *words)
+    assert told.code == 0, told.err
+    after = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
+    assert (len(before), len(after)) == (8, 20)
+    assert [row for row in after if not row["path"].startswith("more-")] == before
+    assert cli("predict", cells, *words, "--crop", 0.5).code == 2
+    (tmp_path / "out" / "request.json").write_text("[]")
+    assert "version of this program" in cli("predict", cells, *words).complaint
+
+
 def test_what_was_matched_is_written_down(tmp_path: Path) -> None:
     frames(tmp_path / "lymphocyte", 8, 1.6, 0.8)
     told = cli("evaluate", tmp_path, "-o", tmp_path / "out", "--device", "cpu", "--json")

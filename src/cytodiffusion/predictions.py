@@ -37,6 +37,7 @@ from cytodiffusion.types import Classes
 
 Row = dict[str, Any]
 PART = "predictions.part.csv"
+REQUEST = "request.json"
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,9 @@ class Table:
 
     def begin(self) -> dict[tuple[str, str], Row]:
         """Rows that are already there, by path and sha256. Raises OutputError for another request."""
-        stamp = self.folder / "request.json"
+        stamp = self.folder / REQUEST
         with writing_to(self.folder):
-            if stamp.exists() and (before := _read_stamp(stamp)) != self.stamp:
+            if stamp.exists() and (before := read_request(self.folder)) != self.stamp:
                 raise OutputError(
                     f"{self.folder} holds predictions made with another {_apart(before, self.stamp)} (see "
                     "request.json there). Ask for the same, choose another folder with -o, or delete that "
@@ -223,16 +224,18 @@ def _or_none(value: Any) -> Any:
     return None if value == "" else value
 
 
-def _read_stamp(path: Path) -> Any:
+def read_request(folder: Path) -> dict[str, Any]:
+    """What the predictions in a folder were asked with; empty where it is not known."""
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        return None  # nothing that this program wrote
+        found = json.loads((folder / REQUEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _apart(before: Any, now: dict[str, Any]) -> str:
     """What differs between two requests, with both values where they are short."""
-    if not isinstance(before, dict):
+    if not before:
         return "version of this program"
     told = []
     for name in dict.fromkeys([*now, *before]):

@@ -68,7 +68,7 @@ def predict(
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
     call = call_of(context)
-    light, crop = matching(match, crop, samples, loaded, console)
+    light, crop = matching(match, crop, samples, loaded, console, out)
     request = Request(
         budget, crop, coverage, cast("Any", sets), shares, light=light, workers=cores()
     )
@@ -79,11 +79,21 @@ def predict(
 
 
 def matching(
-    match: str, crop: float | None, samples: Sequence[Sample], model: Model, console: Console
-) -> tuple[bool, float | None]:
-    """Whether to match the light, and the crop to take; says so. Raises SettingsError, DataError."""
-    from cytodiffusion.data.match import fit_frames
+    match: str, crop: float | None, samples: Sequence[Sample], model: Model, console: Console,
+    out: Path | None = None,
+) -> tuple[bool, float | None]:  # fmt: skip
+    """Whether to match the light, and the crop to take; says so. Raises SettingsError, DataError.
 
+    `out`: where cells were named before, what was seen to be needed then stays, though there are more now.
+    """
+    from cytodiffusion.data.match import fit_frames
+    from cytodiffusion.predictions import read_request
+
+    before = read_request(out) if out is not None and match == "auto" else {}
+    if before:
+        light, own = model.preprocess.match == "nothing", model.preprocess.crop
+        fitted = before.get("crop", own)
+        return light and before.get("match") == "light", crop or (fitted if fitted != own else None)
     fit = fit_frames(samples, model.preprocess, match, crop)
     if fit.told:
         console.note(fit.told)
