@@ -36,7 +36,7 @@ Acevedo A, Merino A, Alferez S, Molina A, Boldu L, Rodellar J. A dataset of micr
 blood cell images for development of automatic recognition systems. Data in Brief 30 (2020) 105474.
 Mendeley Data, doi:10.17632/snkd93bnjr.1
 
-These weights were trained on its images (half size, split in the project's data description).
+These weights were trained on its images (half size, split as in the project's docs/data.md).
 """
 LIMITS = """
 ## Limits
