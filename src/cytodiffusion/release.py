@@ -297,10 +297,8 @@ def commit() -> str:
     """The commit this code is at, with a + where files differ from it; else the version."""
     package = Path(__file__).resolve().parent
     top = _git(package, "rev-parse", "--show-toplevel")
-    if (
-        not top or Path(top).resolve() / "src" / package.name != package
-    ):  # no checkout of this project
-        return f"v{__version__}"
+    if not top or Path(top).resolve() / "src" / package.name != package:
+        return f"v{__version__}"  # no checkout of this project
     changed = _git(package, "status", "--porcelain", "--untracked-files=no")
     return _git(package, "rev-parse", "--short=12", "HEAD") + "+" * bool(changed)
 

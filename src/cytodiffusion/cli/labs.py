@@ -73,6 +73,11 @@ class Bench:
     engine: str
     console: Console
 
+    def home(self, look: Look) -> Bench:
+        """The same, with this look as that of training."""
+        preprocess = self.settings.preprocess.model_copy(update={"look": look})
+        return replace(self, settings=self.settings.model_copy(update={"preprocess": preprocess}))
+
     def matched(self) -> Bench:
         """The same, training on frames that were brought to one light."""
         preprocess = self.settings.preprocess.model_copy(update={"match": "light"})

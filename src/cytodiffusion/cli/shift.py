@@ -83,7 +83,8 @@ def shift(
     bench = Bench(out, settings, labels, seed, pick_device(device), engine, console)
     labs, answers = list_labs(bench, train, foreign, splits, model)
     console.note(NOTICE)
-    ours = find_model(bench, model, labs)
+    ours = find_model(bench.home(labs[0].look), model, labs)
+    bench = bench.home(ours.preprocess.look)
     rows = _step_rows(bench, ours, labs, answers, names, home)
     for kind in kinds:
         rows += _baseline_rows(bench, ours, labs, answers, kind, minutes, home)
