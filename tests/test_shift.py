@@ -215,6 +215,20 @@ def test_the_command(home: Path, bundle: Path, abroad: Path, tmp_path: Path) -> 
     }
 
 
+def test_what_is_trained_here_knows_the_look_of_its_own_frames(
+    home: Path, abroad: Path, tmp_path: Path
+) -> None:
+    """The dim laboratory is at home here: its light is not brought to that of another."""
+    said = cli("bench", "shift", "--train", abroad, "--foreign", home, "-o", tmp_path, *TINY[:1], *TINY[2:],
+               "--set=steps=2", "--steps", "as trained", "--home", 4, "--device", "cpu")  # fmt: skip
+    assert said.code == 0, said.err
+    (run,) = tmp_path.glob("run-*/bundle")
+    there = load(run).preprocess.look
+    known = [s for s in read_dataset(abroad) if s.label in ("lymphocyte", "neutrophil")]
+    assert there == look_of(known)[0]
+    assert there != Look()
+
+
 def test_all_sets_but_one(home: Path, bundle: Path, abroad: Path, tmp_path: Path) -> None:
     """Trains a model and a baseline without each set, on the others."""
     said = cli("bench", "shift", "--train", home, "--foreign", abroad, "-m", bundle, "-o", tmp_path,
