@@ -39,3 +39,8 @@ class OutputError(CytoDiffusionError):
 
 class MissingExtra(CytoDiffusionError):
     """An optional dependency is not installed; the message names the pip line."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from cytodiffusion.data.sample import MAX_BYTES, HeldBytes, Source, Tree, one_line
-from cytodiffusion.errors import DataError, UnreadableImage
+from cytodiffusion.data.sample import MAX_BYTES, HeldBytes, Source, Tree
+from cytodiffusion.errors import DataError, UnreadableImage, one_line
 
 MAX_HELD = 4 * 2**30  # bytes of a compressed tar in memory
 DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)  # bzip2 says OSError

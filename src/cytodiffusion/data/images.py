@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cytodiffusion.data.find import Found, find_cell
 from cytodiffusion.data.look import Look, Match, matched
-from cytodiffusion.errors import UnreadableImage
+from cytodiffusion.errors import UnreadableImage, one_line
 
 MAX_PIXELS = 64_000_000  # a larger image of one cell is a mistake or a decompression bomb
 
@@ -101,7 +101,7 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UnreadableImage("not an image in a known format") from error
     except Exception as error:  # a decoder of Pillow may raise anything
-        raise UnreadableImage(f"damaged or truncated image ({_first_line(error)})") from error
+        raise UnreadableImage(f"damaged or truncated image ({one_line(error)})") from error
 
 
 def _refuse_huge(image: Image.Image) -> None:
@@ -130,10 +130,6 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
     if full == 1.0 and np.array_equal(grey, np.floor(grey)):
         full = 255.0  # whole numbers 0 and 1 are dark pixels, not black and white
     return np.round(grey / full * 255).astype(np.uint8)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def to_tensor(pixels: np.ndarray | Tensor) -> Float[Tensor, ...]:

@@ -94,11 +94,6 @@ class Tree:
         return None if self.folder is None else FileBytes(self.folder / relative)
 
 
-def one_line(error: Exception) -> str:
-    """The first line of what an error says, or its kind if it says nothing."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 def to_text(name: str) -> str:
     """A name as it can be written: bytes of a file name that are no text become \\xe9 and the like."""
     try:

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cytodiffusion.data.archives import DAMAGED
-from cytodiffusion.data.sample import HeldBytes, PngOfArray, Sample, Source, one_line
-from cytodiffusion.errors import DataError, UnreadableImage
+from cytodiffusion.data.sample import HeldBytes, PngOfArray, Sample, Source
+from cytodiffusion.errors import DataError, UnreadableImage, one_line
 
 MAX_ARRAYS = 16 * 2**30  # bytes of an NPZ file in memory
 

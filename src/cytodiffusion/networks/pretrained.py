@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cytodiffusion.diffusion.noise import scaled_linear_alpha_bar, sigma_of_alpha_bar
 from cytodiffusion.diffusion.precondition import Prediction
-from cytodiffusion.errors import MissingExtra, ModelError
+from cytodiffusion.errors import MissingExtra, ModelError, one_line
 
 PARTS = ("unet", "vae", "scheduler")
 WEIGHTS = "diffusion_pytorch_model"
@@ -141,7 +141,7 @@ def _downloaded(name: str, variant: str | None) -> Path:
     except Exception as error:  # the hub's client raises errors of several libraries
         raise ModelError(
             f"There is no folder {name}, and the hub does not give a model of that name "
-            f"({_first_line(error)}). Download it where there is internet and give the folder."
+            f"({one_line(error)}). Download it where there is internet and give the folder."
         ) from error
 
 
@@ -199,7 +199,7 @@ def _config(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(
-            f"{path} cannot be read ({_first_line(error)}). Download it again."
+            f"{path} cannot be read ({one_line(error)}). Download it again."
         ) from error
 
 
@@ -216,7 +216,7 @@ def _read(folder: Path, part: str, kind: str, variant: str | None) -> Any:
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{folder / part} cannot be read as a {kind} ({_first_line(error)}). Download it again."
+            f"{folder / part} cannot be read as a {kind} ({one_line(error)}). Download it again."
         ) from error
     if missing := sorted(told["missing_keys"]):
         raise ModelError(
@@ -245,7 +245,3 @@ def _check_weights(folder: Path, variant: str | None) -> None:
     )
     hint = f"Try the variant {' or '.join(others)}." if others else "Download the weights too."
     raise ModelError(f"{folder} has no {name}.safetensors. {hint}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
