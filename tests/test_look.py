@@ -283,9 +283,9 @@ def test_what_the_model_does_anyway_is_not_done_twice(
     tmp_path: Path, does: dict[str, Any], left: tuple[bool, float | None]
 ) -> None:
     samples = read_dataset(frames(tmp_path / "in", 8, 1.6, 0.8))
-    light, crop, told = fit_frames(samples, Preprocess(crop=0.55, **does))
-    assert (light, crop) == (left[0], left[1] and pytest.approx(left[1], rel=0.06))
-    assert ("differ from those" in told) == (left != (False, None))
+    fit = fit_frames(samples, Preprocess(crop=0.55, **does))
+    assert (fit.light, fit.crop) == (left[0], left[1] and pytest.approx(left[1], rel=0.06))
+    assert ("differ from those" in fit.told) == (left != (False, None))
 
 
 def real(folder: Path, each: int) -> list[Sample]:
@@ -340,9 +340,14 @@ def test_matching_is_said_and_kept(data_root: Path, tmp_path: Path) -> None:
     again = cli(*words, "--match", "nothing")
     assert again.code == 2
     assert "light" in again.complaint
-    auto = cli(*words)  # sees the same need, so it is the same request
+    auto = cli(*words)  # goes on as before
+    assert auto.code == 0, auto.err
+    words[3] = tmp_path / "other"
+    auto = cli(*words)  # sees the same need
     assert auto.code == 0, auto.err
     assert "1.5 times as large" in auto.err
+    requests = [(tmp_path / name / "request.json").read_text() for name in ("out", "other")]
+    assert requests[0] == requests[1]
 
 
 @pytest.mark.real
