@@ -4,8 +4,9 @@ Cells of each class are chosen anew in every repeat, and every method gets the s
 KINDS with the chosen cells alone, or with the rest of the training cells as well, their labels hidden.
 
 The interval of a mean over repeats is Student's, with repeats - 1 degrees of freedom: it says how much
-the choice of cells and the seed matter. The cells that all are tested on stay the same, so that it does
-not say how much *they* matter. A difference between methods is taken within each repeat.
+the choice of cells and the seed matter. The cells that all are tested on stay the same, and so does a
+first stage without labels: it does not say how much *they* matter. A difference between methods is taken
+within each repeat.
 
 A network that was trained with the classification term carries a posterior of its own, log p(k | trial) =
 -beta(sigma) w(sigma) E_k + constant, with beta learned from the labels it was trained on. Averaged over
@@ -103,13 +104,13 @@ def row(
     }
 
 
-def interval(values: Sequence[float]) -> list[float] | None:
-    """Student's 95 % interval of the mean; None for a single value."""
+def interval(values: Sequence[float], low: float = -1.0) -> list[float] | None:
+    """Student's 95 % interval of the mean, cut off at `low` and 1; None for a single value."""
     if len(values) < 2:
         return None
     half = stdtrit(len(values) - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1)
     half /= np.sqrt(len(values))
-    return [float(np.mean(values) - half), float(np.mean(values) + half)]
+    return [float(max(low, np.mean(values) - half)), float(min(1.0, np.mean(values) + half))]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,7 +123,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             **{name: same[0][name] for name in ("labels", "method", "kind", "unlabelled")},
             "repeats": len(same),
             "balanced_accuracy": float(np.mean(values := [r["balanced_accuracy"] for r in same])),
-            "balanced_accuracy_ci95": interval(values),
+            "balanced_accuracy_ci95": interval(values, low=0.0),
             "seconds": float(np.mean([r["seconds"] for r in same])),
         }
         for same in found.values()
