@@ -76,6 +76,7 @@ class Run:
         self.learner = make_learner(settings, len(data.classes))
         self.begun = take_fitting(self.learner, start) if start else 0  # weights that were taken
         self.learner.place(self.accelerator.device)
+        self.images = _near(data, self.accelerator.device)
         self.ema = EMA(self.learner, settings.ema)
         self.optimizer = self.learner.optimizer(settings)
         self.step = 0
@@ -202,14 +203,14 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
     """Train until the settings' steps are done, reporting now and then."""
     settings = run.settings
     began = saved = time.monotonic()
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}  # read when a report is due: reading waits for the device
     count = 0  # steps of this process since the last report
     run.model.train()
     while run.step < settings.steps:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, settings)
         for name, value in _optimise(run).items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] = sums[name] + value if name in sums else value
         run.ema.update(run.learner, run.step)
         run.step += 1
         count += 1
@@ -223,7 +224,7 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
                 scores = validate(run.denoiser("ema"))
                 run.consider(scores)
                 began = time.monotonic()
-            means = {name: value / count for name, value in sums.items()}
+            means = {name: value.item() / count for name, value in sums.items()}
             yield Progress(run.step, settings.steps, spent, count * settings.batch, means, scores)
             sums, count = {}, 0
         if last or time.monotonic() - saved > 60 * settings.checkpoint_minutes:
@@ -231,20 +232,20 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
             saved = time.monotonic()
 
 
-def _optimise(run: Run) -> dict[str, float]:
+def _optimise(run: Run) -> dict[str, Tensor]:
     """One optimiser step; returns this process's mean losses."""
     settings, accelerator = run.settings, run.accelerator
     torch.manual_seed(mix(settings.seed, run.step, accelerator.process_index))  # dropout
     parts = [part[accelerator.process_index :: accelerator.num_processes].chunk(settings.accumulate)
              for part in _draw(run)]  # fmt: skip
-    sums = dict.fromkeys(Losses._fields, 0.0)
+    sums = dict.fromkeys(Losses._fields, torch.zeros((), device=accelerator.device))
     for index, part in enumerate(zip(*parts, strict=True)):
         final = index == len(parts[0]) - 1
         with accelerator.autocast(), _syncing(run, final):
             losses = run.model(*part)
             accelerator.backward(losses.total / len(parts[0]))
         for name, value in losses._asdict().items():
-            sums[name] += value.item() / len(parts[0])
+            sums[name] = sums[name] + value.detach() / len(parts[0])
     accelerator.clip_grad_norm_(run.model.parameters(), settings.clip)
     run.optimizer.step()
     run.optimizer.zero_grad()
@@ -261,9 +262,17 @@ def _draw(run: Run) -> tuple[Tensor, ...]:
     device, rows = run.accelerator.device, batch_indices(run.data, run.settings, run.step)
     generator = torch.Generator(device).manual_seed(mix(run.settings.seed, run.step))
     canvases, labels = (
-        torch.from_numpy(each[rows]).to(device) for each in (run.data.canvases, run.data.labels)
+        each[torch.from_numpy(rows).to(each.device)].to(device) for each in run.images
     )
     return run.learner.draw(Batch(rows, canvases, labels), generator)
+
+
+def _near(data: TrainingSet, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Canvases and labels; in a GPU's memory where they fill at most a quarter of it."""
+    images, labels = torch.from_numpy(data.canvases), torch.from_numpy(data.labels)
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return images.to(device), labels.to(device)
+    return images, labels
 
 
 def batch_indices(data: TrainingSet, settings: TrainSettings, step: int) -> Int[np.ndarray, " b"]:
