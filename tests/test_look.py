@@ -123,6 +123,16 @@ def test_equal_nuclei_make_it_a_white_balance() -> None:
     np.testing.assert_allclose(restain(pixels, here, there), pixels * [0.5, 1, 0.5])
 
 
+def test_a_colour_without_density_in_the_nuclei_is_not_restained() -> None:
+    """Nothing is divided by nothing, and the other colours are changed as ever."""
+    pixels = np.random.default_rng(0).uniform(20, 230, (8, 8, 3))
+    here, there = Stain((240, 240, 240), (0.5, 1, 0)), Stain((240, 240, 240), (1, 1, 0.7))
+    with np.errstate(all="raise"):
+        found = restain(pixels, here, there)
+    np.testing.assert_allclose(found[..., 1:], pixels[..., 1:])
+    np.testing.assert_allclose(found[..., 0], 240 * (pixels[..., 0] / 240) ** 2)
+
+
 def test_the_field_has_no_density() -> None:
     pixels = np.asarray(frame(), dtype=np.float64)
     light = background(pixels)

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Num
 
 BRIGHT = 90  # percentile of brightness from which on a pixel is the empty field
 DARKEST = 1.0  # of 255; darker light counts as this much
+CLEAR = 0.02  # optical density; nuclei of less take nothing of that colour away
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,13 @@ def measure_stain(pixels: Num[np.ndarray, "h w 3"], nucleus: Bool[np.ndarray, "h
 def restain(
     pixels: Num[np.ndarray, "h w 3"], here: Stain, there: Stain
 ) -> Float[np.ndarray, "h w 3"]:
-    """Pixels of a slide that looks like `here`, 0 to 255, in the colours of `there`."""
+    """Pixels of a slide that looks like `here`, 0 to 255, in the colours of `there`.
+
+    A colour in which the nuclei of `here` are as bright as the empty field keeps its densities.
+    """
     density = -np.log(np.maximum(pixels, DARKEST) / np.array(here.background))
-    gain = np.array(there.nucleus) / np.array(here.nucleus)
+    own = np.array(here.nucleus)
+    gain = np.where(own > CLEAR, np.array(there.nucleus) / own.clip(min=CLEAR), 1.0)
     return (np.array(there.background) * np.exp(-density * gain)).clip(0, 255)
 
 
