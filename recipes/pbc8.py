@@ -1,7 +1,7 @@
 """The released models of eight classes of blood cells, from PBC's train split alone.
 
     python recipes/pbc8.py DATA/pbc                pbc8: 64 px, 2 cores, about 2 1/2 hours
-    python recipes/pbc8.py DATA/pbc --gpu          pbc8-large: 96 px, one GPU, about 10 minutes (H100)
+    python recipes/pbc8.py DATA/pbc --gpu          pbc8-large: 96 px, 10 minutes of an H100 and 30 of a core
     python recipes/pbc8.py DATA/pbc --release      and put it into the package
 
 Two runs, one after the other: the first learns mostly to draw, the second, which begins with its weights,
@@ -12,7 +12,7 @@ pbc8 trains in two processes of one thread each, in bfloat16: 94 images a second
 threads in float32 does 58. On processors without AVX512-BF16 say --precision no.
 
 Train on `train`, choose and calibrate on `val`, and only then measure `test`, once for each budget.
-The numbers go into the card. Killed and run again, it goes on.
+The numbers go into the card, and what OUT/note.md says, if it is there. Killed and run again, it goes on.
 """
 
 from __future__ import annotations
@@ -45,11 +45,6 @@ Mendeley Data, doi:10.17632/snkd93bnjr.1
 
 These weights were trained on its images (half size, split as in the project's docs/data.md).
 """
-LARGE = """
-The released weights saw the training images encoded once more (WebP, quality 86), with all but the
-centre 83 % of the frame grey, as that was all that could be brought to the GPU. The images of `val` and
-`test`, on which the model was calibrated and measured, were untouched.
-"""
 LIMITS = """
 ## Limits
 
@@ -81,6 +76,8 @@ def main() -> None:
     args = parser.parse_args()
     name = "pbc8-large" if args.gpu else "pbc8"
     args.out = args.out or Path("runs") / name
+    if args.release and args.out.name != name:
+        parser.error(f"what is released is called {name}: give --out a folder of that name")
     splits, bundle, first = args.root / "splits.csv", args.out / "bundle", args.out / "first"
     preset, device, processes = ("gpu-large", "cuda", 1) if args.gpu else ("cpu", "cpu", 2)
     nearer = [f"augmentation.{change}" for change in NEARER]
@@ -124,6 +121,7 @@ def write_card(out: Path) -> None:
         f"| {name} | {c['n']} | {c['recall']:.3f} [{c['recall_ci95'][0]:.3f}, {c['recall_ci95'][1]:.3f}] |"
         for name, c in first["per_class"].items()
     ]
+    note = out / "note.md"  # what is special about this training
     card = (out / "bundle" / "card.md").read_text().split("\n## On the test split")[0].rstrip()
     card += f"""
 
@@ -146,7 +144,7 @@ Conformal sets, `balanced`:
 | sets | asked | covered | class furthest from it | mean size |
 |---|---|---|---|---|
 {chr(10).join(covered)}
-{LARGE if out.name == "pbc8-large" else ""}{LIMITS}
+{note.read_text() if note.is_file() else ""}{LIMITS}
 ## Licences
 
 Weights: Apache-2.0. Trained on PBC, CC BY 4.0; see data_license.txt for the citation.

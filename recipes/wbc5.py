@@ -1,7 +1,6 @@
 """`wbc5`: five classes of white cells, from three laboratories: PBC, Raabin and BCCD.
 
     python recipes/wbc5.py DATA -o runs/wbc5              one core, about an hour
-    python recipes/wbc5.py DATA -o runs/wbc5 --gpu        one GPU, under 30 minutes
 
 DATA holds pbc/ (with splits.csv), raabin/ and bccd/. It begins with the weights of `pbc8`, which was
 trained on the same split of PBC, and goes on as the second run of recipes/pbc8.py does. All frames are
@@ -24,7 +23,6 @@ from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.train.settings import make_settings
 
 FOREIGN = ("raabin", "bccd")
-STEPS = {"cpu": 3000, "gpu": 10_000}
 SECOND = ("classification=2", "sigma_mean=-1.2", "sigma_std=1.4", "cooldown=0.7", "warmup=100")
 
 
@@ -32,14 +30,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", type=Path, help="folder of pbc/, raabin/ and bccd/")
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/wbc5"))
-    parser.add_argument("--gpu", action="store_true", help="the preset for one GPU")
     parser.add_argument("--from", dest="start", default="pbc8", help="weights to begin with")
-    parser.add_argument("--steps", type=int, help="another number of optimiser steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     args = parser.parse_args()
-    preset, device = ("gpu", "cuda") if args.gpu else ("cpu", "cpu")
-    steps = args.steps or STEPS[preset]
-    settings = make_settings(preset, [f"steps={steps}", f"precision={args.precision}", *SECOND])
+    changes = [f"steps={args.steps}", f"precision={args.precision}", *SECOND]
+    settings, device = make_settings("cpu", changes), "cpu"
     labels, console = Taxonomy.load(), Console(as_json=False)
     bench = Bench(args.out, settings, labels, settings.seed, device, "auto", console).matched()
     foreign = [args.root / name for name in FOREIGN]
@@ -49,7 +45,7 @@ def main() -> None:
         join(bench, labs), args.out, bench.settings, device, labels, console, args.start
     )
     if run is not None:
-        origin = {"recipe": "recipes/wbc5.py", "data": "PBC, Raabin-WBC and BCCD", "preset": preset,
+        origin = {"recipe": "recipes/wbc5.py", "data": "PBC, Raabin-WBC and BCCD", "preset": "cpu",
                   "start": Path(args.start).name}  # fmt: skip
         write_bundle(run, held, args.out / "bundle", "wbc5", origin, labels, console)
 

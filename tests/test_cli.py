@@ -722,7 +722,12 @@ def test_train_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_models_list(shipped: Path) -> None:
     assert cli("models", "list", "--json").json == {
-        "discs": {"classes": list(CLASSES), "megabytes": pytest.approx(0.6, abs=0.6)}
+        "discs": {
+            "classes": list(CLASSES),
+            "size": 16,
+            "megabytes": pytest.approx(0.6, abs=0.6),
+            "default": False,
+        }
     }
     assert cli("models", "list").out.startswith("discs ")
 

@@ -35,7 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides every random number.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="A bundle folder, or the name of a shipped model.")
+    str, typer.Option("--model", "-m", help="A bundle folder, or a shipped model: see models list.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
 Budget = Annotated[

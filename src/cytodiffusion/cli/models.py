@@ -37,15 +37,20 @@ def list_models(json: Json = False, seed: Seed = 0, device: Device = "auto") -> 
     """The models that are shipped with the package."""
     import json as json_module
 
-    from cytodiffusion.bundle import ZOO, shipped
+    from cytodiffusion.bundle import DEFAULT_MODEL, ZOO, shipped
 
     found = {}
     for name in shipped():
         config = json_module.loads((ZOO / name / "config.json").read_text())
         size = (ZOO / name / "model.safetensors").stat().st_size / 1e6
-        found[name] = {"classes": config["classes"], "megabytes": round(size, 1)}
+        preprocess = json_module.loads((ZOO / name / "preprocess.json").read_text())
+        found[name] = {
+            "classes": config["classes"], "size": preprocess["size"],
+            "megabytes": round(size, 1), "default": name == DEFAULT_MODEL,
+        }  # fmt: skip
     lines = [
-        f"{name:<12} {len(about['classes'])} classes, {about['megabytes']} MB"
+        f"{name:<12} {len(about['classes'])} classes, {about['size']} px, {about['megabytes']} MB"
+        + ", the default" * about["default"]
         for name, about in found.items()
     ]
     Console(json).result(found, "\n".join(lines) or "No models are shipped.")

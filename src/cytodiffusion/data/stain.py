@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Num
 
 BRIGHT = 90  # percentile of brightness from which on a pixel is the empty field
 DARKEST = 1.0  # of 255; darker light counts as this much
-CLEAR = 0.02  # optical density; nuclei of less take nothing of that colour away
+GAINS = (0.25, 4.0)  # of density; a frame that asks for more shows no nucleus like the others
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def restain(
 ) -> Float[np.ndarray, "h w 3"]:
     """Pixels of a slide that looks like `here`, 0 to 255, in the colours of `there`.
 
-    A colour in which the nuclei of `here` are as bright as the empty field keeps its densities.
+    The gain of each colour is kept within `GAINS`.
     """
     density = -np.log(np.maximum(pixels, DARKEST) / np.array(here.background))
-    own = np.array(here.nucleus)
-    gain = np.where(own > CLEAR, np.array(there.nucleus) / own.clip(min=CLEAR), 1.0)
+    own, wanted = np.array(here.nucleus), np.array(there.nucleus)
+    gain = np.where(own == wanted, 1.0, (wanted / own.clip(min=1e-6)).clip(*GAINS))
     return (np.array(there.background) * np.exp(-density * gain)).clip(0, 255)
 
 

@@ -185,14 +185,16 @@ def blur(images: Tensor, share: float, generator: torch.Generator) -> Float[Tens
     """Gaussian blur of 0.4 to 1 px for a share of the images."""
     chosen = torch.rand(len(images), generator=generator, device=generator.device) < share
     widths = 0.4 + 0.6 * torch.rand(len(images), generator=generator, device=generator.device)
+    if not share:
+        return images
     offsets = torch.arange(-2.0, 3.0, device=images.device)
     kernel = (-(offsets**2) / (2 * widths[:, None] ** 2)).exp()
-    kernel = torch.where(chosen[:, None], kernel / kernel.sum(1, keepdim=True), offsets == 0)
-    kernel = kernel.repeat_interleave(3, 0)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)
     flat = functional.pad(images, (2, 2, 2, 2), mode="replicate").flatten(0, 1)[None]
     flat = functional.conv2d(flat, kernel[:, None, :, None], groups=len(kernel))
     flat = functional.conv2d(flat, kernel[:, None, None, :], groups=len(kernel))
-    return flat[0].unflatten(0, (-1, 3))
+    blurred = flat[0].unflatten(0, (-1, 3))
+    return torch.where(chosen[:, None, None, None], blurred, images)  # no waiting for a count
 
 
 def camera_noise(

@@ -76,7 +76,7 @@ class Run:
         self.learner = make_learner(settings, len(data.classes))
         self.begun = take_fitting(self.learner, start) if start else 0  # weights that were taken
         self.learner.place(self.accelerator.device)
-        self.images = _near(data, self.accelerator.device)
+        self.images = _near(data, self.accelerator.device, small=settings.latent is None)
         self.ema = EMA(self.learner, settings.ema)
         self.optimizer = self.learner.optimizer(settings)
         self.step = 0
@@ -217,6 +217,7 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
 
         last = run.step == settings.steps
         if run.step % report_every == 0 or last:
+            means = {name: value.item() / count for name, value in sums.items()}
             spent, began = time.monotonic() - began, time.monotonic()
             scores = None
             passed = run.step // validate_every > (run.step - count) // validate_every
@@ -224,7 +225,6 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
                 scores = validate(run.denoiser("ema"))
                 run.consider(scores)
                 began = time.monotonic()
-            means = {name: value.item() / count for name, value in sums.items()}
             yield Progress(run.step, settings.steps, spent, count * settings.batch, means, scores)
             sums, count = {}, 0
         if last or time.monotonic() - saved > 60 * settings.checkpoint_minutes:
@@ -267,10 +267,10 @@ def _draw(run: Run) -> tuple[Tensor, ...]:
     return run.learner.draw(Batch(rows, canvases, labels), generator)
 
 
-def _near(data: TrainingSet, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Canvases and labels; in a GPU's memory where they fill at most a quarter of it."""
+def _near(data: TrainingSet, device: torch.device, small: bool) -> tuple[Tensor, Tensor]:
+    """Canvases and labels; for a small network in a GPU's memory, if a quarter of what is free will do."""
     images, labels = torch.from_numpy(data.canvases), torch.from_numpy(data.labels)
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+    if small and device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         return images.to(device), labels.to(device)
     return images, labels
 

@@ -127,7 +127,7 @@ PAPER: dict[str, Any] = {
     "checkpoint_minutes": 30,
 }  # fmt: skip
 
-# For long runs: cells are changed further, and all of them are turned, before a class is known by heart.
+# For long runs, so that no cell is known by heart: more of them are moved, and colours changed further.
 WIDE_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.25, "light": 0.04, "far": 0.25, "blur": 0.2, "noise": 0.2,
 }  # fmt: skip
@@ -137,6 +137,7 @@ FAR_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.35, "light": 0.08, "far": 0.5, "blur": 0.3, "noise": 0.2,
 }  # fmt: skip
 
+# About the steps of the two runs of recipes/pbc8.py (docs/log.md 40).
 GPU: dict[str, Any] = {
     "steps": 6_000, "batch": 256, "precision": "bf16", "ema": 0.9995,
     "network": {"width": 64, "multipliers": (1, 2, 3)},
