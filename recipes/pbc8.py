@@ -30,12 +30,8 @@ from cytodiffusion.release import commit
 ROOT = Path(__file__).parent.parent
 BUDGETS = ("balanced", "fast", "full")
 SECOND = ("classification=2", "sigma_mean=-1.2", "sigma_std=1.4", "cooldown=0.7", "warmup=100")
-NEARER = (
-    "zoom=0.15",
-    "light=0",
-    "blur=0.1",
-    "noise=0.1",
-)  # of gpu-large: its augmentation at the end
+# The second run of gpu-large: zoom, light, blur and noise as in pbc8's; moves and far colours stay.
+NEARER = ("zoom=0.15", "light=0", "blur=0.1", "noise=0.1")
 QUOTED = ("<!-- from the card of {} -->", "<!-- until here -->")  # of the README
 DATA_LICENSE = """PBC dataset, CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/).
 
