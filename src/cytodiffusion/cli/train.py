@@ -222,6 +222,7 @@ def run_training(
             with writing_to(out):
                 plot_progress(run)
                 draw_samples(run)
+    run.close()
     return (run if main else None), held
 
 

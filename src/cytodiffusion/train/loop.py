@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,15 @@ class Run:
             state["scaler"] = self.accelerator.scaler.state_dict()
         save_checkpoint(self.folder / "checkpoint", self.step, tensors, state)
 
+    def close(self) -> None:
+        """Part from the other processes, if any; what this run does from now on, it does alone.
+
+        A process that ends with threads that listen to the others is at times aborted by PyTorch.
+        """
+        self.model = self.learner  # what `prepare` wrapped around it holds on to the others
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def denoiser(self, which: str = "ema") -> NetworkDenoiser:
         """A `Denoiser` for use: 'raw' weights, their running mean 'ema', or the 'best' on validation."""
         weights = {"raw": learned(self.learner), "ema": self.ema.mean, "best": self.best}[which]
@@ -171,6 +181,10 @@ def take_fitting(learner: nn.Module, start: Mapping[str, Tensor]) -> int:
 
 def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
     """Devices and processes. Raises SettingsError where the settings do not fit them."""
+    if (
+        torch.distributed.is_available()
+    ):  # a later first import would hold on to the other processes
+        import_module("torch.distributed.nn.functional")
     try:
         patient = InitProcessGroupKwargs(timeout=WAIT)  # processes wait while one encodes or judges
         accelerator = Accelerator(
