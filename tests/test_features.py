@@ -507,9 +507,9 @@ def test_calibration_takes_the_features_of_the_first_trial_that_a_cell_will_run(
         except StopIteration as end:
             budgets = end.value.budgets
             break
-    assert counts == list(range(1, release.calibrations(meter, held, plan) + 1))
+    assert counts == list(range(1, release.calibrations(meter, held, None, plan) + 1))
     assert len(counts) == 18 * (2 if form == "heads" else 1) + 2 * 6
-    ((draws, errors, _, _, features),) = given
+    ((draws, errors, _, _, features, _),) = given
     shown = torch.from_numpy(pixels).float() / 127.5 - 1
     live = Measurement(draws, K + 1, POSES, together=form == "heads")
     wanted, seen = live.look(meter, shown, names(18))

@@ -79,9 +79,9 @@ def shift_results(train: str = "raabin", foreign: str = "lisc") -> dict[str, Any
             {**head, "set": shift.MEAN, **shift.mean_row([told])},
         ]
 
-    every = rows("m, as trained", [0, 0, 0, 1]) + rows("m, chosen", [0, 1, 0, 1])
+    every = rows("m, as trained", [0, 0, 0, 1]) + rows("m, abroad", [0, 1, 0, 1])
     every += rows("vit, as trained", [1, 1, 1, 1]) + rows("resnet, as trained", [0, 1, 1, 1])
-    every += rows("ours, all sets but this, chosen", [0, 0, 0, 1])
+    every += rows("ours, all sets but this, abroad", [0, 0, 0, 1])
     every += rows("vit, all sets but this, light + scale", [1, 0, 0, 1])
     command = f"{BENCH} shift --train x/{train} -o out --foreign x/{foreign}/"
     return {"rows": every, "model": "m", "command": command}

@@ -1,4 +1,4 @@
-"""`bench shift`: known priors and temperatures, frames of known scale, and a tiny run of the command."""
+"""`bench shift`: known priors, frames of known scale, and a tiny run of the command."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ from scipy.special import softmax
 from sklearn.metrics import balanced_accuracy_score
 
 from cytodiffusion.bundle import load
-from cytodiffusion.classify.adapt import (
-    centred,
-    em_prior,
-    equal_logits,
-    fit_temperature,
-    middle_draws,
-)
+from cytodiffusion.classify.adapt import centred, em_prior
 from cytodiffusion.cli.console import Console
 from cytodiffusion.cli.labs import Bench, Lab, join, settings_of
 from cytodiffusion.data.images import Preprocess, decode
@@ -51,38 +45,11 @@ def test_where_the_prior_is_right_it_stays():
     np.testing.assert_allclose(em_prior(told, np.array([0.5, 0.5])), [0.5, 0.5], atol=1e-6)
 
 
-def test_a_known_temperature_is_found():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(5000, 3)) * 4
-    told = softmax(logits / 2.5, axis=1)
-    truth = (rng.random((5000, 1)) > told.cumsum(1)).sum(1)
-    assert fit_temperature(logits, truth) == pytest.approx(2.5, rel=0.05)
-
-
-def test_equal_weights_know_no_units():
-    """What all classes find equally hard, and the unit of a trial, change nothing."""
-    errors = np.random.default_rng(0).random((6, 4, 3)).astype(np.float32)
-    unit = np.array([1, 10, 0.1, 3], dtype=np.float32)[None, :, None]
-    common = np.random.default_rng(1).random((6, 4, 1)).astype(np.float32)
-    np.testing.assert_allclose(
-        equal_logits((errors + common) * unit), equal_logits(errors), atol=1e-4
-    )
-    one = errors[:, :1]
-    assert (equal_logits(one).argmax(1) == one[:, 0].argmin(1)).all()
-
-
 def test_centred_logits_have_one_mean():
     logits = np.random.default_rng(0).normal([5, 0, -5], size=(7, 3))
     moved = centred(logits)
     np.testing.assert_allclose(moved.mean(0), 0, atol=1e-12)
     np.testing.assert_allclose(np.diff(moved, axis=0), np.diff(logits, axis=0))
-
-
-def test_middle_noise_is_the_same_for_every_cell():
-    draws = middle_draws()
-    assert draws.frozen
-    assert draws.sigmas.min() >= 0.3
-    assert draws.sigmas.max() <= 1.6
 
 
 # --- what is counted -----------------------------------------------------------------------------
@@ -116,13 +83,13 @@ def test_a_step_decides_how_frames_are_read():
     plain, look = Preprocess(crop=0.5), Look(nucleus=0.271 * 1.4)
     (raw,) = preprocesses(STEPS["as trained"], plain, look)
     assert raw == plain
-    (chosen,) = preprocesses(STEPS["chosen"], plain, look)
-    assert (chosen.match, chosen.crop) == ("light", pytest.approx(0.7))
-    crops = [each.crop for each in preprocesses(STEPS["chosen + zooms"], plain, look)]
+    (matched,) = preprocesses(STEPS["abroad"], plain, look)
+    assert (matched.match, matched.crop) == ("light", pytest.approx(0.7))
+    crops = [each.crop for each in preprocesses(STEPS["abroad + zooms"], plain, look)]
     assert crops == pytest.approx([0.7 * 0.87, 0.7, 0.7 * 1.15])
 
 
-@pytest.mark.parametrize("step", ["light + scale + centre", "chosen + centre"])
+@pytest.mark.parametrize("step", ["light + scale + centre", "abroad + centre"])
 def test_centring_takes_away_what_a_laboratory_adds_to_a_class(step: str) -> None:
     """A bias of every class changes nothing; without centring it does."""
     logits = np.random.default_rng(0).normal(size=(30, 3))
@@ -191,26 +158,26 @@ def found_rows(folder: Path) -> dict[tuple[str, str], dict]:
 def test_the_command(home: Path, bundle: Path, abroad: Path, tmp_path: Path) -> None:
     words = ["bench", "shift", "--train", home, "--foreign", abroad, "-m", bundle, "-o", tmp_path,
              "--home", 6, "--device", "cpu"]  # fmt: skip
-    said = cli(*words, "--steps", "as trained,chosen,chosen + centre")
+    said = cli(*words, "--steps", "as trained,abroad,abroad + centre")
     assert said.code == 0, said.err
     assert "1 cells of other classes are left out (platelet)" in said.err
     found = found_rows(tmp_path)
     name = load(bundle).name
     assert set(found) == {
         (f"{name}, {step}", where)
-        for step in ("as trained", "chosen", "chosen + centre")
+        for step in ("as trained", "abroad", "abroad + centre")
         for where in ("home", "abroad", "mean of foreign sets")
     }
-    one = found[f"{name}, chosen", "abroad"]
+    one = found[f"{name}, abroad", "abroad"]
     assert (one["cells"], one["passes_per_cell"]) == (24, 8)
     assert set(one["recall"]) == {"lymphocyte", "neutrophil"}
     assert "none used" in (tmp_path / "report.html").read_text()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "measured").iterdir()}
     assert len(kept) == 4  # two sets, the step and `centre` read the same
-    again = cli(*words, "--steps", "as trained,chosen")
+    again = cli(*words, "--steps", "as trained,abroad")
     assert again.code == 0, again.err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "measured").iterdir()} == kept
-    assert found_rows(tmp_path)[f"{name}, chosen", "abroad"] | {"cells_per_second": 0} == one | {
+    assert found_rows(tmp_path)[f"{name}, abroad", "abroad"] | {"cells_per_second": 0} == one | {
         "cells_per_second": 0
     }
 
@@ -236,7 +203,7 @@ def test_all_sets_but_one(home: Path, bundle: Path, abroad: Path, tmp_path: Path
                "--leave-one-out", "--baselines", "vit", "--minutes", 0.01, "--device", "cpu")  # fmt: skip
     assert said.code == 0, said.err
     found = found_rows(tmp_path)
-    for method in ("ours, all sets but this, chosen", "vit, all sets but this, light + scale"):
+    for method in ("ours, all sets but this, abroad", "vit, all sets but this, light + scale"):
         assert {where for m, where in found if m == method} >= {"abroad", home.name}
     assert ("vit, as trained", "abroad") in found
     assert (f"{load(bundle).name}, as trained", "abroad") in found
@@ -267,8 +234,8 @@ def test_real_cells_of_another_laboratory(data_root: Path, tmp_path: Path) -> No
     pbc = data_root / "pbc"
     words = ["bench", "shift", "--train", pbc, "--splits", pbc / "splits.csv", "-m", "pbc8"]
     words += ["--foreign", tmp_path / "some", "-o", tmp_path / "out", "--device", "cpu"]
-    said = cli(*words, "--home", 25, "--steps", "as trained,chosen")
+    said = cli(*words, "--home", 25, "--steps", "as trained,abroad")
     assert said.code == 0, said.err
     found = found_rows(tmp_path / "out")
-    assert found["pbc8, chosen", "some"]["accuracy"] > found["pbc8, as trained", "some"]["accuracy"]
-    assert found["pbc8, chosen", "home"]["accuracy"] > 0.9
+    assert found["pbc8, abroad", "some"]["accuracy"] > found["pbc8, as trained", "some"]["accuracy"]
+    assert found["pbc8, abroad", "home"]["accuracy"] > 0.9

@@ -47,7 +47,7 @@ from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.networks.latent import LATENT, LatentNetwork, LatentShape, LatentSpace
 from cytodiffusion.types import PIXELS, Classes, Space
 
-FORMAT = 5
+FORMAT = 6
 SAME_WEIGHTS = 4  # the first format whose weights and preprocessing are as they are now
 FILES = (
     "config.json", "model.safetensors", "preprocess.json", "labels.yaml", "calibration.json",
@@ -120,8 +120,8 @@ class Model:
         """Everything that is said of these image files.
 
         `crop` and `match` as in `fit_frames`. Eight or more white cells show whether frames are those of
-        another laboratory; what is then done to them is told in a warning. Raises UnreadableImage,
-        SettingsError, DataError.
+        another laboratory; what is then done to them is told in a warning, and the budget's twin is taken
+        (`Classifier.abroad`). Raises UnreadableImage, SettingsError, DataError.
         """
         samples = [Sample(Path(path).name, None, source=FileBytes(Path(path))) for path in paths]
         if not samples:
@@ -129,6 +129,8 @@ class Model:
         fit = fit_frames(samples, self.preprocess, match, crop)
         if fit.told:
             warnings.warn(fit.told, stacklevel=2)
+        if fit.abroad:
+            budget = self.classifier.abroad(budget)
         prepared = [self.prepare(sample.read(), fit.crop, fit.light) for sample in samples]
         images = torch.stack([image for image, _ in prepared])
         table = self.classifier.measure(images, [sha for _, sha in prepared], budget)

@@ -7,6 +7,7 @@ The command `train` and the recipes both go through here.
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cytodiffusion import __version__
 from cytodiffusion.classify.calibrate import nll, out_of_fold
-from cytodiffusion.classify.classifier import Budget, RaceReader
+from cytodiffusion.classify.classifier import ABROAD, Budget, RaceReader
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter, Meter, features_of
 from cytodiffusion.classify.fit import (
@@ -37,7 +39,7 @@ from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import load_images
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.data.taxonomy import Taxonomy
-from cytodiffusion.data.transforms import POSES
+from cytodiffusion.data.transforms import POSES, Augmentation, augment
 from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.diffusion.precondition import NetworkDenoiser
 from cytodiffusion.errors import DataError
@@ -45,6 +47,14 @@ from cytodiffusion.train.loop import Validate
 from cytodiffusion.types import PIXELS, Classes, Space
 
 FEW = 320  # held-out cells that score a class-conditional network while it trains
+CHANGED = 64  # cells that are changed at a time
+ELSEWHERE = Augmentation(affine=0.7, zoom=0.35, light=0.04, blur=0.3, noise=0.2)
+COLOURS = ("brightness", "contrast", "hue", "stain", "light")
+# How far colours are changed (docs/log.md 44): until half of them are still named right.
+HALF = 0.5
+FURTHEST = 16.0  # times the usual change of colour, at most
+PROBE = 4  # on a fourth of the cells,
+PROBED_LEVELS = 3  # and at every third noise level
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,7 @@ def plan_of(together: bool, space: Space, seed: int) -> Plan:
         return plan
     if space is PIXELS:
         return replace(plan, levels=12)
-    return replace(plan, levels=8, race_cells=80)
+    return replace(plan, levels=8, race_cells=80, abroad_cells=80)
 
 
 @dataclass(frozen=True)
@@ -171,49 +181,95 @@ class Calibrated:
     scores: dict[str, dict[str, float]]
 
 
-def measured(
-    measurement: Measurement, meter: Meter, pixels: Pixels, rows: Int[np.ndarray, " m"],
-    workers: int = 1, before: int = 0,
-) -> Generator[int, None, tuple[Float[np.ndarray, "m t k1"], Float[np.ndarray, "m f"]]]:  # fmt: skip
-    """Yield how many cells are measured, added to `before`; returns errors and features of these rows."""
-    errors, features = measurement.nothing(meter, len(rows))
+@dataclass
+class Work:
+    """What measures the cells of a calibration, and how many it has measured so far."""
 
-    def prepare(row: int) -> tuple[Tensor, str]:
-        return to_tensor(pixels.images[row]), pixels.digests[row]
+    meter: Meter
+    every: Measurement  # all candidate trials
+    plan: Plan
+    workers: int
+    done: int = 0
 
-    for done, (place, *found) in enumerate(
-        measurement.stream(meter, rows.tolist(), prepare, workers), start=1
-    ):
-        errors[place], features[place] = found
-        yield before + done
-    return errors, features
+    def measured(
+        self, pixels: Pixels, measurement: Measurement
+    ) -> Generator[int, None, tuple[Float[np.ndarray, "n t k1"], Float[np.ndarray, "n f"]]]:
+        """Yield how many cells are measured in all; returns errors and features of these."""
+        errors, features = measurement.nothing(self.meter, len(pixels.labels))
+
+        def prepare(row: int) -> tuple[Tensor, str]:
+            return to_tensor(pixels.images[row]), pixels.digests[row]
+
+        rows = range(len(pixels.labels))
+        for place, *found in measurement.stream(self.meter, rows, prepare, self.workers):
+            errors[place], features[place] = found
+            self.done += 1
+            yield self.done
+        return errors, features
 
 
-def calibrations(meter: Meter, pixels: Pixels, plan: Plan) -> int:
+def calibrations(meter: Meter, pixels: Pixels, canvases: Pixels | None, plan: Plan) -> int:
     """How many cells `calibrate` measures."""
     times = 2 if features_of(meter) else 1
-    return times * len(pixels.labels) + 2 * len(race_part(pixels.labels, plan.race_cells))
+    found = times * len(pixels.labels) + 2 * len(race_part(pixels.labels, plan.race_cells))
+    if canvases is None:
+        return found
+    probed = len(race_part(canvases.labels, plan.abroad_cells // PROBE))
+    return found + times * len(canvases.labels) + plan.probes * probed
+
+
+def load_canvases(
+    samples: Sequence[Sample], classes: Sequence[str], preprocess: Preprocess, plan: Plan,
+    workers: int = 2, taxonomy: Taxonomy | None = None,
+) -> Generator[int, None, Pixels | None]:  # fmt: skip
+    """Yield how many images are loaded; returns about `plan.abroad_cells`, with room to be moved.
+
+    Each class as often. None where fewer than two of a class can be read.
+    """
+    taxonomy = taxonomy or Taxonomy.load()
+    labels = np.array([class_index(sample.label, classes, taxonomy) for sample in samples])
+    chosen = [samples[row] for row in np.sort(race_part(labels, plan.abroad_cells, plan.seed))]
+    margin = elsewhere(1.0).margin
+    found = yield from load_pixels(chosen, classes, preprocess, margin, workers, taxonomy)
+    return found if np.bincount(found.labels, minlength=len(classes)).min() > 1 else None
+
+
+def elsewhere(reach: float) -> Augmentation:
+    """What another laboratory may change; `reach` multiplies the change of colours."""
+    return ELSEWHERE.model_copy(update={name: reach * getattr(ELSEWHERE, name) for name in COLOURS})
+
+
+def changed(canvases: Pixels, size: int, reach: float, seed: int) -> Pixels:
+    """Every cell changed once, as in another laboratory."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [
+        augment(to_tensor(part), size, elsewhere(reach), generator)
+        for part in np.split(canvases.images, range(CHANGED, len(canvases.images), CHANGED))
+    ]
+    levels = ((torch.cat(images) + 1) * 127.5).round().to(torch.uint8).numpy()
+    return replace(canvases, images=levels)
 
 
 def calibrate(
     meter: Meter, pixels: Pixels, classes: int, together: bool, plan: Plan, workers: int = 1,
-    space: Space = PIXELS,
+    space: Space = PIXELS, canvases: Pixels | None = None,
 ) -> Generator[int, None, Calibrated]:  # fmt: skip
-    """Yield how many held-out cells are measured; returns the fitted budgets."""
+    """Yield how many held-out cells are measured; returns the fitted budgets.
+
+    `canvases`: from `load_canvases`, for the budgets that serve other laboratories.
+    """
     truth, columns = pixels.labels, classes + 1
     latent = space is not PIXELS
     every = Measurement(
         candidates(plan), columns, POSES, together=together, space=space, shared=latent
     )
-    each = np.arange(len(truth))
-    errors, features = yield from measured(every, meter, pixels, each, workers)
-    draws, order = choose_draws(errors, truth, plan)
-    done = len(truth)
-    if features.shape[1]:  # those of the first trial that a cell will run
-        first = replace(every, draws=draws.first(1))
-        _, features = yield from measured(first, meter, pixels, each, workers, before=done)
-        done += len(truth)
-    budgets = fit_sequence(draws, errors[:, order], truth, not together, features)
+    work = Work(meter, every, plan, workers)
+    budgets = yield from _sequence(work, pixels)
+    if canvases is not None:
+        size = pixels.images.shape[-1]
+        reach = yield from _reach(work, canvases, size)
+        found = yield from _sequence(work, changed(canvases, size, reach, plan.seed), ABROAD)
+        budgets |= found
 
     rows = race_part(truth, plan.race_cells, plan.seed)
     races: dict[str, BettingRace | PaperRace] = {
@@ -225,11 +281,36 @@ def calibrate(
         short = Measurement(
             draws, columns, POSES, race, together, anyone=together, space=space, shared=latent
         )
-        errors, _ = yield from measured(short, meter, pixels, rows, workers, before=done)
+        errors, _ = yield from work.measured(pixels.part(rows), short)
         budgets[name] = fit_race(errors, truth[rows], race)
-        done += len(rows)
     judged = {name: scores(b.held.probabilities, b.held.truth) for name, b in budgets.items()}
     return Calibrated(budgets, judged)
+
+
+def _sequence(
+    work: Work, cells: Pixels, ending: str = ""
+) -> Generator[int, None, dict[str, Budget]]:
+    """Measure the candidate trials, choose among them, and fit the budgets of this ending."""
+    truth, every = cells.labels, work.every
+    errors, features = yield from work.measured(cells, every)
+    draws, order = choose_draws(errors, truth, work.plan)
+    if features.shape[1]:  # those of the first trial that a cell will run
+        _, features = yield from work.measured(cells, replace(every, draws=draws.first(1)))
+    return fit_sequence(draws, errors[:, order], truth, not every.together, features, ending)
+
+
+def _reach(work: Work, canvases: Pixels, size: int) -> Generator[int, None, float]:
+    """How far colours must change until `HALF` of the cells are named right: by bisection of its log."""
+    plan, draws = work.plan, work.every.draws
+    some = replace(work.every, draws=replace(draws, trials=draws.trials[::PROBED_LEVELS]))
+    few = canvases.part(race_part(canvases.labels, plan.abroad_cells // PROBE, plan.seed))
+    low, high = 1.0, FURTHEST
+    for _ in range(plan.probes):
+        middle = math.sqrt(low * high)
+        errors, _ = yield from work.measured(changed(few, size, middle, plan.seed), some)
+        told = out_of_fold(errors[:, :, :-1], few.labels).argmax(1)
+        low, high = (middle, high) if (told == few.labels).mean() > HALF else (low, middle)
+    return math.sqrt(low * high)
 
 
 CARD = """# {name}
@@ -247,7 +328,7 @@ Names single blood cells: {classes}.
 {extra}
 ## On the held-out cells it was calibrated on
 
-Five-fold: weights are fitted without the cell that they name. Validation, not test.
+Five-fold: weights are fitted without the cell that they name. Validation, not test. {twins}
 
 | budget | passes | balanced accuracy | accuracy | NLL, nats |
 |---|---|---|---|---|
@@ -255,6 +336,10 @@ Five-fold: weights are fitted without the cell that they name. Validation, not t
 """
 
 
+TWINS = """\
+Budgets that end in
+`-abroad` are for frames of another laboratory: they are fitted and judged on cells of the same split whose
+colour, size and sharpness were changed."""
 POSED = """\
 | turning latents | differs from encoding the turned cell by {pose_error} of their standard deviation |
 """
@@ -273,7 +358,14 @@ def make_card(
         f"| {s['balanced_accuracy']:.4f} | {s['accuracy']:.4f} | {s['nll']:.4f} |"
         for budget, s in calibrated.scores.items()
     )
-    words = {"name": name, "classes": ", ".join(classes), "form": form, "rows": rows}
+    twins = TWINS if any(name.endswith(ABROAD) for name in calibrated.budgets) else ""
+    words = {
+        "twins": twins,
+        "name": name,
+        "classes": ", ".join(classes),
+        "form": form,
+        "rows": rows,
+    }
     shape = {"parameters": parameters / 1e6, "crop": preprocess.crop, "size": preprocess.size}
     start = origin.get("start") or origin.get("pretrained")
     begun = f", begun with the weights of {start}" if start else ""

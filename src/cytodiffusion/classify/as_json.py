@@ -1,7 +1,7 @@
 """Budgets as plain data, for calibration.json: numbers with seven significant digits.
 
-sequence   trials that several budgets share, and how each depth of them is read
-budgets    when each stops, or the rules of its race; what held-out cells were told
+sequences  trials that several budgets share, and how each depth of them is read
+budgets    which sequence each runs, when it stops, or the rules of its race; what held-out cells were told
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ def _numbers(array: np.ndarray) -> Any:
 
 def calibration_to_json(budgets: dict[str, Budget]) -> dict[str, Any]:
     """Budgets as plain data. Those that run one list of trials share it, and its depths."""
-    found: dict[str, Any] = {"budgets": {k: _budget_to_json(b) for k, b in budgets.items()}}
-    for budget in budgets.values():
+    shared: list[dict[str, Any]] = []
+    written: dict[str, Any] = {}
+    for name, budget in budgets.items():
+        written[name] = _budget_to_json(budget)
         if isinstance(budget.reader, Sequence):
-            found["sequence"] = {
+            sequence = {
                 "seed": budget.draws.seed,
                 "frozen": budget.draws.frozen,
                 "trials": [[t.sigma, t.draw, t.sign, t.pose] for t in budget.draws.trials],
                 "depths": [_depth_to_json(depth) for depth in budget.reader.depths],
             }
-    return found
+            if sequence not in shared:
+                shared.append(sequence)
+            written[name]["sequence"] = shared.index(sequence)
+    return {"sequences": shared, "budgets": written}
 
 
 def _depth_to_json(depth: Depth) -> dict[str, Any]:
@@ -81,11 +86,14 @@ def _budget_to_json(budget: Budget) -> dict[str, Any]:
 
 def calibration_from_json(data: dict[str, Any]) -> dict[str, Budget]:
     """The inverse of `calibration_to_json`."""
-    shared = data.get("sequence", {"seed": 0, "frozen": True, "trials": [], "depths": []})
-    trials = tuple(Trial(*trial) for trial in shared["trials"])
-    draws = Draws(trials, shared["seed"], shared["frozen"])
-    depths = tuple(_depth_from_json(values) for values in shared["depths"])
-    return {name: _budget_from_json(v, draws, depths) for name, v in data["budgets"].items()}
+    shared = [
+        (
+            Draws(tuple(Trial(*trial) for trial in one["trials"]), one["seed"], one["frozen"]),
+            tuple(_depth_from_json(values) for values in one["depths"]),
+        )
+        for one in data["sequences"]
+    ]
+    return {name: _budget_from_json(values, shared) for name, values in data["budgets"].items()}
 
 
 def _depth_from_json(values: dict[str, Any]) -> Depth:
@@ -96,7 +104,9 @@ def _depth_from_json(values: dict[str, Any]) -> Depth:
     return Depth(posterior, tuple(values["gate"]), anomalies)
 
 
-def _budget_from_json(values: dict[str, Any], draws: Draws, depths: tuple[Depth, ...]) -> Budget:
+def _budget_from_json(
+    values: dict[str, Any], shared: list[tuple[Draws, tuple[Depth, ...]]]
+) -> Budget:
     parts = values["held"]
     held = HeldOut(*(np.array(parts[key]) for key in ("truth", "probabilities", "anomaly")))
     if "race" in values:
@@ -109,5 +119,6 @@ def _budget_from_json(values: dict[str, Any], draws: Draws, depths: tuple[Depth,
         draws = Draws(tuple(Trial(*trial) for trial in rules["trials"]), rules["seed"])
         bets = BettingRace(draws, np.array(rules["weights"]), rules["sweep"], rules["alpha"])
         return Budget(draws, RaceReader(bets.weights, rules["temperature"]), held, bets)
+    draws, depths = shared[values["sequence"]]
     sequence, said = Sequence(depths, Rule(**values["rule"])), values["agreement"]
     return Budget(draws, sequence, held, sequence, Agreement(**said) if said else None)

@@ -5,6 +5,7 @@
 A budget says how many trials a cell gets. `fast`, `balanced` and `full` run one list of trials and
 stop when more of them would not change the answer (sequential.py): `full` never does so early, and
 `balanced` not where a cell looks strange.
+Each of them has a twin for frames of another laboratory, `balanced-abroad` say.
 `paper` is the paper's race and `race` one with a bound, both read with the paper's relative errors
 and one temperature. Reading needs no network: a saved table gives the same answer.
 """
@@ -34,6 +35,7 @@ from cytodiffusion.types import PIXELS, Answer, Classes, Denoiser, ErrorTable, S
 
 ALARM = 0.01  # share of normal cells that may be called anomalous
 COVERAGE = 0.95  # of the conformal sets
+ABROAD = "-abroad"  # ends the name of a budget for cells of another laboratory (fit.py)
 GPU_BATCH = 256  # rows a pass where there is a GPU
 
 
@@ -151,6 +153,10 @@ class Classifier:
             known = ", ".join(self.budgets)
             raise SettingsError(f"This model has no budget '{name}'. It has: {known}.")
         return self.budgets[name]
+
+    def abroad(self, budget: str) -> str:
+        """Name of a budget's twin for frames of another laboratory; its own where it has none."""
+        return budget + ABROAD if budget + ABROAD in self.budgets else budget
 
     def measurement(self, budget: str = "balanced") -> Measurement:
         """How the cells of a budget are measured."""

@@ -6,6 +6,10 @@ that a strange cell, which runs them all, is seen at every noise level. Every de
 gets weights, a gate and an anomaly model of its own; a budget is how much disagreement with the
 answer of all trials it allows. A race needs one temperature, fitted on a part of the cells because
 it is slow.
+
+All this is done twice: on the cells as they are, and on cells whose colour, size and sharpness were
+changed as another laboratory might. What tells classes apart at home is not what does so abroad, and no
+cell of the other laboratory is needed to see it. Those budgets have names that end in `-abroad`.
 """
 
 from __future__ import annotations
@@ -63,6 +67,8 @@ class Plan:
     naming: int = 4  # of them, placed by greedy search; the others are spread
     sweep: int = 2  # noise levels of the betting race
     race_cells: int = 160  # held-out cells for the races
+    abroad_cells: int = 640  # held-out cells that are changed as another laboratory might
+    probes: int = 5  # to find how far
     race_trials: int = 200  # most trials of a race while it is fitted, and of the betting race
     paper_most: int = 2000  # most trials of the paper's race in use
     seed: int = 0
@@ -94,9 +100,9 @@ def spread(chosen: list[int], sigmas: Float[np.ndarray, " t"], count: int) -> li
 
 def fit_sequence(
     draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"],
-    apart: bool = False, features: Float[np.ndarray, "n f"] | None = None,
+    apart: bool = False, features: Float[np.ndarray, "n f"] | None = None, ending: str = "",
 ) -> dict[str, Budget]:  # fmt: skip
-    """`fast`, `balanced` and `full`, which run these trials in this order.
+    """`fast`, `balanced` and `full`, each with this `ending`, which run these trials in this order.
 
     `apart`: every class costs a pass of its own, so that classes leave one by one. `features`: of the
     first trial. Held-out cells are judged by fits without them.
@@ -111,7 +117,7 @@ def fit_sequence(
         told = replay(logits, strange, gates, rule)
         strangeness = anomaly[np.arange(len(truth)), told.whole - 1]
         held, reader = HeldOut(truth, told.probabilities, strangeness), Sequence(depths, rule)
-        budgets[name] = Budget(draws, reader, held, reader, agreed)
+        budgets[name + ending] = Budget(draws, reader, held, reader, agreed)
     return budgets
 
 

@@ -91,7 +91,7 @@ def evaluate(
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
     call = call_of(context)
-    light, crop = matching(match, crop, samples, loaded, console, out)
+    light, crop, budget = matching(match, crop, budget, samples, loaded, console, out)
     request = Request(
         budget, crop, coverage, cast("Any", sets), shares, answers, light=light, workers=cores()
     )

@@ -86,7 +86,7 @@ def explain(
     samples = [sample for path in images for sample in read_dataset(path)]
     loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
-    light, fit = matching(match, crop, samples, loaded, console)
+    light, fit, budget = matching(match, crop, budget, samples, loaded, console)
     work = Work(
         loaded, Settings(seed=seed), _classes(loaded, against or []), budget,
         Request(crop=fit, light=light).preprocess(loaded), faithful,

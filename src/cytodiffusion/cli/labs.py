@@ -215,7 +215,9 @@ def train_model(bench: Bench, folder: Path, parts: Parts) -> Model:
         if run is None:
             raise typer.Exit  # a helper process of a run over several
         origin = {"data": folder.name}
-        write_bundle(run, held, run_folder / "bundle", "ours", origin, labels, console)
+        write_bundle(
+            run, held, parts["val"], run_folder / "bundle", "ours", origin, labels, console
+        )
     return load(run_folder / "bundle", bench.device, bench.engine)
 
 
@@ -263,14 +265,14 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
     import torch
 
     from cytodiffusion.evaluate.cost import Measured, measure
-    from cytodiffusion.evaluate.shift import plan, preprocesses
+    from cytodiffusion.evaluate.shift import budget, preprocesses
     from cytodiffusion.files import writing_to
 
     torch.set_num_threads(1)  # one for each worker
     truth, found = np.array(lab.truth), []
     sums = json.loads((model.folder / "checksums.json").read_text())
     bundle = (sums["model.safetensors"], sums["calibration.json"])
-    measurement = plan(model.classifier, step.middle)
+    measurement = model.classifier.measurement(budget(model.classifier, step))
     for preprocess in preprocesses(step, model.preprocess, lab.look):
         about = (bundle, _digests(lab), lab.truth, preprocess, measurement.draws, model.engine)
         path = bench.out / "measured" / f"{model.name}-{lab.name}-{digest_of(about)}.npz"

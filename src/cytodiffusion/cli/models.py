@@ -128,7 +128,14 @@ def calibrate(
     from cytodiffusion.data.match import fit_frames
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.release import calibrate as fit
-    from cytodiffusion.release import calibrations, commit, load_pixels, make_card, plan_of
+    from cytodiffusion.release import (
+        calibrations,
+        commit,
+        load_canvases,
+        load_pixels,
+        make_card,
+        plan_of,
+    )  # fmt: skip
     from cytodiffusion.types import PIXELS
 
     console = Console(json)
@@ -153,9 +160,12 @@ def calibrate(
         console.note(f"Not read: {problem}")
     check_counts(held.labels.tolist(), names, f"{where}, of what could be read,")
     plan, meter = plan_of(together, loaded.space, seed), loaded.classifier.meter
+    reading = load_canvases(samples, names, preprocess, plan, cores(), loaded.taxonomy)
+    canvases = console.follow(reading, "reading once more", plan.abroad_cells, "images")
     torch.set_num_threads(1)  # one for each worker
-    fitting = fit(meter, held, len(names), together, plan, threads(loaded), loaded.space)
-    calibrated = console.follow(fitting, "calibrating", calibrations(meter, held, plan), "cells")
+    fitting = fit(meter, held, len(names), together, plan, threads(loaded), loaded.space, canvases)
+    count = calibrations(meter, held, canvases, plan)
+    calibrated = console.follow(fitting, "calibrating", count, "cells")
     origin = loaded.config["origin"] | {
         "calibrated_on": source.resolve().name, "calibrated_at": commit(), "val_sha256": held.sha256
     }  # fmt: skip

@@ -68,7 +68,7 @@ def predict(
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
     call = call_of(context)
-    light, crop = matching(match, crop, samples, loaded, console, out)
+    light, crop, budget = matching(match, crop, budget, samples, loaded, console, out)
     request = Request(
         budget, crop, coverage, cast("Any", sets), shares, light=light, workers=cores()
     )
@@ -79,10 +79,12 @@ def predict(
 
 
 def matching(
-    match: str, crop: float | None, samples: Sequence[Sample], model: Model, console: Console,
-    out: Path | None = None,
-) -> tuple[bool, float | None]:  # fmt: skip
-    """Whether to match the light, and the crop to take; says so. Raises SettingsError, DataError.
+    match: str, crop: float | None, budget: str, samples: Sequence[Sample], model: Model,
+    console: Console, out: Path | None = None,
+) -> tuple[bool, float | None, str]:  # fmt: skip
+    """Whether to match the light, the crop and the budget to take; says so.
+
+    Raises SettingsError, DataError.
 
     `out`: where cells were named before, what was seen to be needed then stays, though there are more now.
     """
@@ -93,11 +95,17 @@ def matching(
     if before:
         light, own = model.preprocess.match == "nothing", model.preprocess.crop
         fitted = before.get("crop", own)
-        return light and before.get("match") == "light", crop or (fitted if fitted != own else None)
+        light = light and before.get("match") == "light"
+        twin = model.classifier.abroad(budget)
+        budget = twin if before.get("budget") == twin else budget
+        return light, crop or (fitted if fitted != own else None), budget
     fit = fit_frames(samples, model.preprocess, match, crop)
     if fit.told:
         console.note(fit.told)
-    return fit.light, fit.crop
+    if fit.abroad and (twin := model.classifier.abroad(budget)) != budget:
+        console.note(f"Budget {twin}, whose weights were fitted for such frames, takes its place.")
+        budget = twin
+    return fit.light, fit.crop, budget
 
 
 def name_all(

@@ -89,7 +89,7 @@ def shift(
     for kind in kinds:
         rows += _baseline_rows(bench, ours, labs, answers, kind, minutes, home)
     if leave_one_out:
-        rows += _left_out_rows(bench, labs, answers, kinds, minutes, home)
+        rows += _left_out_rows(bench, labs, answers, kinds, minutes)
     facts = {"command": call_of(context), "seed": seed, "classes": ", ".join(answers),
              "labels of the foreign sets": "none used", "cores": cores(), **_origin(ours)}  # fmt: skip
     values = {"rows": rows, **facts}
@@ -128,19 +128,18 @@ def _step_rows(
     bench: Bench, ours: Any, labs: Sequence[Lab], answers: Sequence[str], names: Sequence[str],
     home: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Our model with each step. The temperature of middle noise levels is fitted at home."""
+    """Our model with each step."""
     from cytodiffusion.cli.labs import measured
-    from cytodiffusion.evaluate.shift import HOME, STEPS, home_temperature, read
+    from cytodiffusion.evaluate.shift import HOME, STEPS, read
 
     rows = []
     sets = {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
     for name in names:
-        step, told, temperature = STEPS[name], {}, 1.0
-        for where, lab in sets.items():
-            found = measured(bench, ours, lab, step)
-            if where == HOME:
-                temperature = home_temperature(ours.classifier, step, found, answers)
-            told[where] = read(ours.classifier, step, found, answers, temperature)
+        step = STEPS[name]
+        told = {
+            where: read(ours.classifier, step, measured(bench, ours, lab, step), answers)
+            for where, lab in sets.items()
+        }
         rows += _rows_of(f"{ours.name}, {name}", told, answers, bench.seed)
     return rows
 
@@ -163,25 +162,22 @@ def _baseline_rows(
 
 
 def _left_out_rows(
-    bench: Bench, labs: Sequence[Lab], answers: Sequence[str], kinds: Sequence[Any], minutes: float,
-    home: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    bench: Bench, labs: Sequence[Lab], answers: Sequence[str], kinds: Sequence[Any], minutes: float
+) -> list[dict[str, Any]]:
     """For each laboratory, models trained on all the others; every set at one scale, in one light."""
     from cytodiffusion.cli.labs import ask, join, make_baseline, measured, train_model
-    from cytodiffusion.evaluate.shift import STEPS, home_temperature, read
+    from cytodiffusion.evaluate.shift import STEPS, read
 
     told: dict[str, dict[str, Told]] = {}
     for left in labs:
         rest = [lab for lab in labs if lab is not left]
         folder, parts = bench.out / f"without-{left.name}", join(bench, rest)
         one = bench.matched()
-        ours, step = train_model(one, folder, parts), STEPS["chosen"]
-        known = measured(one, ours, rest[0].held(home, bench.seed), step)
-        temperature = home_temperature(ours.classifier, step, known, answers)
+        ours, step = train_model(one, folder, parts), STEPS["abroad"]
         cells = left.held(None, bench.seed) if left is labs[0] else left
         found = measured(one, ours, cells, step)
-        told.setdefault("ours, all sets but this, chosen", {})[left.name] = read(
-            ours.classifier, step, found, answers, temperature
+        told.setdefault("ours, all sets but this, abroad", {})[left.name] = read(
+            ours.classifier, step, found, answers
         )
         for kind in kinds:
             rival = make_baseline(one, folder, parts, answers, kind, minutes)

@@ -226,7 +226,7 @@ def _train(bench: Bench, folder: Path, parts: Parts) -> None:
         raise typer.Exit  # a helper process of a run over several
     origin = {"data": bench.source.resolve().name, "held_out": bench.held}
     name = f"without-{bench.held}"
-    write_bundle(run, held, folder / "bundle", name, origin, labels, console)
+    write_bundle(run, held, parts["val"], folder / "bundle", name, origin, labels, console)
 
 
 def read_canvases(bench: Bench, ours: Model, samples: Sequence[Sample]) -> Cells:

@@ -70,7 +70,9 @@ def train(
                 for c in changes]  # fmt: skip
         origin = {"data": source.resolve().name, "preset": preset, "changes": told}
         origin |= {"start": Path(start).resolve().name} if start else {}
-        result = write_bundle(run, held, out / "bundle", out.name, origin, labels, console)
+        result = write_bundle(
+            run, held, parts["val"], out / "bundle", out.name, origin, labels, console
+        )
         console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
                                f"-m {out / 'bundle'} --splits {splits or out / 'splits.csv'} --split test "
                                f"-o {out / 'test'}")  # fmt: skip
@@ -285,15 +287,22 @@ def _source(start: str) -> str:
 
 
 def write_bundle(
-    run: Run, held: Pixels, folder: Path, name: str, origin: dict[str, Any], taxonomy: Taxonomy,
-    console: Console,
+    run: Run, held: Pixels, val: Sequence[Sample], folder: Path, name: str, origin: dict[str, Any],
+    taxonomy: Taxonomy, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    """Calibrate the best weights on the held-out cells and write the bundle."""
+    """Calibrate the best weights on the held-out cells and write the bundle; `held`: `val`, as read."""
     import torch
 
     from cytodiffusion.bundle import Parts, save_bundle
     from cytodiffusion.classify.evidence import DenoiserMeter
-    from cytodiffusion.release import calibrate, calibrations, commit, make_card, plan_of
+    from cytodiffusion.release import (
+        calibrate,
+        calibrations,
+        commit,
+        load_canvases,
+        make_card,
+        plan_of,
+    )  # fmt: skip
     from cytodiffusion.types import PIXELS, Classes
 
     classes, settings, learner = Classes(run.data.classes), run.settings, run.learner
@@ -305,11 +314,13 @@ def write_bundle(
     workers = 1 if on_gpu else cores()
     torch.set_num_threads(1)  # one for each worker
     meter = DenoiserMeter(denoiser, learner.radius)
+    work = load_canvases(val, classes.names, settings.preprocess, plan, cores(), taxonomy)
+    canvases = console.follow(work, "reading val once more", plan.abroad_cells, "images")
     calibrated = console.follow(
         calibrate(
-            meter, held, len(classes), settings.together, plan, workers, learner.space,
+            meter, held, len(classes), settings.together, plan, workers, learner.space, canvases,
         ),
-        "calibrating", calibrations(meter, held, plan), "cells",
+        "calibrating", calibrations(meter, held, canvases, plan), "cells",
     )  # fmt: skip
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},

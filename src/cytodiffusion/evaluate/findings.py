@@ -208,20 +208,22 @@ def _scored(row: Values) -> str:
 
 
 def shift(values: Values) -> Findings:
-    """The chosen step on the mean of foreign sets; trained on one set, and on all sets but one."""
+    """What `predict` does, on the mean of foreign sets; trained on one set, and on all sets but one."""
     rows, sets = values["rows"], sets_of(values)
     table: dict[str, dict[str, Values]] = {}
     for row in rows:
         table.setdefault(row["method"], {})[row["set"]] = row
     mine = [name for name in table if name.startswith(f"{values['model']}, ")]
-    chosen = f"{values['model']}, chosen"
+    matched = f"{values['model']}, abroad"
     rivals = [name for name in table if name not in mine and LEFT_OUT not in name]
     left = [name for name in table if LEFT_OUT in name]
     same = _has(sets, "raabin", "lisc")
     why = [*([] if same else [f"other sets: {', '.join(sets)}"]), PRETRAINED]
-    asked = [("Does it work in other laboratories?", chosen if chosen in mine else mine[0], rivals)]
+    asked = [
+        ("Does it work in other laboratories?", matched if matched in mine else mine[0], rivals)
+    ]
     if left:
-        own = f"{OURS}, {LEFT_OUT}, chosen"
+        own = f"{OURS}, {LEFT_OUT}, abroad"
         asked.append(("And trained on all sets but one?", own, [n for n in left if n != own]))
     lines = []
     for question, name, others in asked:

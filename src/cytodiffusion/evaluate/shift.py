@@ -2,8 +2,9 @@
 
 It is used unchanged: no label of the foreign cells is seen, and no weight is changed. A `Step` is what
 may be done nevertheless. It works on each frame (its light), on a batch as a whole (one scale, from its
-own nuclei) or on the reading (noise levels, adapt.py). `chosen` is what was found to help on the
-development set; what `chosen + ...` add was tried, and did not help on the whole or assumes too much.
+own nuclei) or on the reading: with weights that were fitted on cells changed as another laboratory might
+(classify/fit.py), or of the batch as a whole (adapt.py). `abroad` is what `predict` does unasked; what
+`abroad + ...` add was tried, and did not help on the whole or assumes too much.
 
 The mean over sets weighs every set alike; its interval comes from resamples of the cells of each set.
 """
@@ -18,16 +19,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import softmax
 
-from cytodiffusion.classify.adapt import (
-    centred,
-    em_prior,
-    equal_logits,
-    fit_temperature,
-    middle_draws,
-)
+from cytodiffusion.classify.adapt import centred, em_prior
 from cytodiffusion.classify.calibrate import change_prior
 from cytodiffusion.classify.classifier import Classifier
-from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import Preprocess
 from cytodiffusion.data.look import Look, Match, crop_for
 from cytodiffusion.evaluate.cost import Measured, spent
@@ -45,25 +39,25 @@ class Step:
 
     match: Match = "nothing"  # light, or light and stain, of each frame
     scale: Literal["frame", "batch", "each"] = "frame"  # what decides the crop
-    middle: bool = False  # middle noise levels with equal weights, instead of the fitted ones
+    weights: bool = False  # the budget's twin for other laboratories
     zooms: tuple[float, ...] = (1.0,)  # crops over which the logits are averaged
     adapt: Literal["", "prior", "centre"] = ""
 
 
-CHOSEN = Step("light", "batch", middle=True)
+MATCHED = Step("light", "batch", weights=True)
 STEPS = {
     "as trained": Step(),
     "light": Step("light"),
     "scale": Step(scale="batch"),
-    "levels": Step(middle=True),
+    "weights": Step(weights=True),
     "light + scale": Step("light", "batch"),
     "light + scale + centre": Step("light", "batch", adapt="centre"),
-    "chosen": CHOSEN,
-    "chosen + prior": replace(CHOSEN, adapt="prior"),
-    "chosen + centre": replace(CHOSEN, adapt="centre"),
-    "chosen + stain": replace(CHOSEN, match="stain"),
-    "chosen + each": replace(CHOSEN, scale="each"),
-    "chosen + zooms": replace(CHOSEN, zooms=(0.87, 1.0, 1.15)),
+    "abroad": MATCHED,
+    "abroad + prior": replace(MATCHED, adapt="prior"),
+    "abroad + centre": replace(MATCHED, adapt="centre"),
+    "abroad + stain": replace(MATCHED, match="stain"),
+    "abroad + each": replace(MATCHED, scale="each"),
+    "abroad + zooms": replace(MATCHED, zooms=(0.87, 1.0, 1.15)),
 }
 FOR_BASELINES = ("as trained", "light + scale", "light + scale + centre")
 
@@ -89,36 +83,28 @@ def preprocesses(step: Step, plain: Preprocess, look: Look) -> list[Preprocess]:
     ]
 
 
-def plan(classifier: Classifier, middle: bool) -> Measurement:
-    """All trials of the model's budget `full`, or those at middle noise levels."""
-    full = classifier.measurement("full")
-    draws = middle_draws(scale=classifier.space.scale)
-    return replace(full, draws=draws, policy=None) if middle else full
+def budget(classifier: Classifier, step: Step) -> str:
+    """Name of the budget that reads a step: all trials of the model, or of its twin."""
+    return classifier.abroad("full") if step.weights else "full"
 
 
 def logits(
     classifier: Classifier, step: Step, measured: Sequence[Measured], answers: Sequence[str]
 ) -> Float[np.ndarray, "n k"]:
-    """Logits of the classes of `answers`, averaged over zooms; before temperature and adaptation."""
-    columns = [classifier.classes.index(name) for name in answers]
-    if step.middle:
-        each = [equal_logits(one.errors[:, :, columns]) for one in measured]
-        return np.mean(each, axis=0)
-    each = []
+    """Logits of the classes of `answers`, averaged over zooms; before adaptation."""
+    each, name = [], budget(classifier, step)
     for one in measured:
-        table = classifier.table(one.errors, one.features, one.digests, "full")
-        told = classifier.read(table, "full", answers=answers).probabilities
+        table = classifier.table(one.errors, one.features, one.digests, name)
+        told = classifier.read(table, name, answers=answers).probabilities
         each.append(np.log(told.clip(1e-30)))
     return np.mean(each, axis=0)
 
 
 def read(
-    classifier: Classifier, step: Step, measured: Sequence[Measured], answers: Sequence[str],
-    temperature: float = 1.0,
-) -> Told:  # fmt: skip
-    """Probabilities of the classes of `answers`. `temperature`: of middle noise levels, from home."""
-    found = logits(classifier, step, measured, answers) / (temperature if step.middle else 1.0)
-    told = adapted(found, step)
+    classifier: Classifier, step: Step, measured: Sequence[Measured], answers: Sequence[str]
+) -> Told:
+    """Probabilities of the classes of `answers`."""
+    told = adapted(logits(classifier, step, measured, answers), step)
     passes = sum(spent(one, classifier.together) for one in measured)
     return Told(measured[0].truth, told, passes, sum(one.seconds for one in measured))
 
@@ -130,15 +116,6 @@ def adapted(logits: Float[np.ndarray, "n k"], step: Step) -> Float[np.ndarray, "
         return told
     even = np.full(told.shape[1], 1 / told.shape[1])
     return change_prior(told, em_prior(told, even) / even)
-
-
-def home_temperature(
-    classifier: Classifier, step: Step, home: Sequence[Measured], answers: Sequence[str]
-) -> float:
-    """T for a step at middle noise levels, from labelled cells of the training laboratory."""
-    if not step.middle:
-        return 1.0
-    return fit_temperature(logits(classifier, step, home, answers), home[0].truth)
 
 
 def row(told: Told, answers: Sequence[str], seed: int = 0) -> dict[str, Any]:
