@@ -17,6 +17,10 @@ from PIL import Image
 
 CLASSES = ("eosinophil", "lymphocyte", "neutrophil")
 COLOURS = {"eosinophil": (200, 80, 70), "lymphocyte": (70, 60, 180), "neutrophil": (70, 150, 90)}
+BUDGETS = {  # of every calibrated model
+    "fast", "balanced", "full", "race", "paper",
+    "fast-abroad", "balanced-abroad", "full-abroad",
+}  # fmt: skip
 TINY = (
     "--preset=tiny", "--device=cpu", "--set=steps=40", "--set=batch=16",
     "--set=preprocess.size=16", "--set=preprocess.crop=1.0", "--set=network.unshuffle=2",

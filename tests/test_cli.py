@@ -19,7 +19,18 @@ from typing import Annotated, Any
 
 import pytest
 import typer
-from helpers import CLASSES, TINY, Result, Tiny, cli, contents, disc, tiny_model, write_discs
+from helpers import (
+    BUDGETS,
+    CLASSES,
+    TINY,
+    Result,
+    Tiny,
+    cli,
+    contents,
+    disc,
+    tiny_model,
+    write_discs,
+)
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -587,7 +598,7 @@ def test_evaluate_past_an_unreadable_image(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_train_leaves_what_it_promises(tiny: Tiny) -> None:
     assert set(tiny.said.json) == {"bundle", "validation"}
-    assert set(tiny.said.json["validation"]) == {"fast", "balanced", "full", "race", "paper"}
+    assert set(tiny.said.json["validation"]) == BUDGETS
     there = {path.name for path in tiny.run.iterdir()}
     assert there >= {"bundle", "settings.yaml", "splits.csv", "metrics.jsonl", "checkpoint"}
     for line in tiny.said.err.splitlines():

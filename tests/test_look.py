@@ -219,13 +219,15 @@ def test_frames_that_look_different_are_matched_unasked(
 ) -> None:
     cells = frames(tmp_path / "in", count, scale, light)
     rows = []
-    for name, more in (("auto", []), ("asked", ["--match", same_as])):
+    twin = ["--budget", "balanced-abroad"] * ("light" in same_as)  # not for another scale alone
+    for name, more in (("auto", []), ("asked", ["--match", same_as, *twin])):
         told = cli("predict", cells, "-o", tmp_path / name, "--device", "cpu", *words, *more)
         assert told.code == 0, told.err
         rows.append(pq.read_table(tmp_path / name / "predictions.parquet").to_pylist())
         if name == "auto":
             assert ("differ from those" in told.err) == (same_as != "nothing" or count < 8)
             assert ("taken as they are. Set match to light,scale" in told.err) == (count < 8)
+            assert ("Budget balanced-abroad" in told.err) == bool(twin)
     for auto, asked in zip(*rows, strict=True):
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
 
@@ -252,7 +254,7 @@ def test_what_was_matched_is_written_down(tmp_path: Path) -> None:
     told = cli("evaluate", tmp_path, "-o", tmp_path / "out", "--device", "cpu", "--json")
     assert told.code == 0, told.err
     assert told.json["crop"] == pytest.approx(0.88, rel=0.06)
-    assert told.json["match"] == "light"
+    assert (told.json["match"], told.json["budget"]) == ("light", "balanced-abroad")
 
 
 def test_in_python_frames_are_matched_as_by_the_command(tmp_path: Path) -> None:
@@ -260,12 +262,12 @@ def test_in_python_frames_are_matched_as_by_the_command(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"differ from those .* crop 0\.8") as told:
         unasked = model.read(paths)
     crop = float(re.findall(r"crop ([0-9.]+)\.", str(told[0].message))[0])
-    asked = model.read(paths, crop=crop, match="light")
+    asked = model.read(paths, "balanced-abroad", crop=crop, match="light")
     np.testing.assert_array_equal(unasked.probabilities, asked.probabilities)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         left = model.read(paths, match="nothing")
-        few = model.read(paths[:1], crop=crop, match="light")
+        few = model.read(paths[:1], "balanced-abroad", crop=crop, match="light")
     assert np.abs(left.probabilities - asked.probabilities).max() > 0
     np.testing.assert_allclose(few.probabilities, asked.probabilities[:1], atol=1e-6)
     with pytest.raises(SettingsError, match="match size is not one of"):
@@ -346,7 +348,7 @@ def test_matching_is_said_and_kept(data_root: Path, tmp_path: Path) -> None:
     for i, sample in enumerate(real(data_root / "raabin", 2)):
         decode(sample.read()).save(tmp_path / "in" / f"{i}.png")
     words = ["predict", tmp_path / "in", "-o", tmp_path / "out", "--device", "cpu"]
-    told = cli(*words, "--match", "light,scale")
+    told = cli(*words, "--match", "light,scale", "--budget", "balanced-abroad")
     assert told.code == 0, told.err
     assert "match scale: crop 0." in told.err
     again = cli(*words, "--match", "nothing")

@@ -24,8 +24,8 @@ class Fit(NamedTuple):
     light: bool  # brought to that of training
     crop: float | None  # in place of the model's own
     told: str = ""  # what was found, for the reader
-    abroad: bool = False  # whether the frames were seen to be those of another laboratory
     look: Look | None = None  # of the frames, where something is done to them
+    abroad: bool = False  # whether they were seen to be in another light: of another laboratory
 
     def settled(self, preprocess: Preprocess) -> Preprocess:
         """Preprocessing that does this to every frame, and takes their scale for that of training."""
@@ -95,4 +95,4 @@ def _glance(samples: Sequence[Sample], preprocess: Preprocess, crop: float | Non
     return Fit(light, fit, (
         f"These frames differ from those that the model was trained on: {'; '.join(told)}. "
         "Set match to nothing to take them as they are."
-    ), abroad=True, look=look)  # fmt: skip
+    ), look, abroad=light)  # fmt: skip
