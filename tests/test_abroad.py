@@ -92,18 +92,18 @@ def test_without_two_of_each_class_there_are_none(tmp_path: Path) -> None:
 # --- how far -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("half", [1.7, 5.0, 14.0])
-def test_half_are_named_right_at_the_reach_that_is_found(
-    half: float, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wanted", [1.7, 5.0, 14.0])
+def test_three_of_five_are_named_right_at_the_reach_that_is_found(
+    wanted: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A world where a share 1 / (1 + (reach / half)^4) of the cells is named right, the rest wrong."""
+    """A world where a share 3 / (3 + 2 (reach / wanted)^4) of the cells is named right, the rest wrong."""
     cells = canvases(100)
     monkeypatch.setattr(release, "changed", lambda cells, size, reach, seed: (cells, reach))
 
     class Known(release.Work):
         def measured(self, pixels: Any, measurement: Measurement) -> Any:
             few, reach = pixels
-            right = np.arange(len(few.labels)) % 100 < 100 / (1 + (reach / half) ** 4)
+            right = np.arange(len(few.labels)) % 100 < 300 / (3 + 2 * (reach / wanted) ** 4)
             named = np.where(right, few.labels, 1 - few.labels)
             errors = np.ones((len(named), len(measurement.draws), 3), dtype=np.float32)
             errors[np.arange(len(named)), :, named] = 0.5
@@ -112,7 +112,7 @@ def test_half_are_named_right_at_the_reach_that_is_found(
 
     every = Measurement(release.candidates(PLAN), 3, release.POSES)
     work = Known(lambda *_: None, every, replace(PLAN, abroad_cells=800), 1)
-    assert result(release._reach(work, cells, 16)) == pytest.approx(half, rel=0.15)
+    assert result(release._reach(work, cells, 16)) == pytest.approx(wanted, rel=0.15)
 
 
 def judging(images: Tensor, labels: Tensor, sigma: Tensor) -> Tensor:

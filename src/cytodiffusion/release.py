@@ -50,8 +50,8 @@ FEW = 320  # held-out cells that score a class-conditional network while it trai
 CHANGED = 64  # cells that are changed at a time
 ELSEWHERE = Augmentation(affine=0.7, zoom=0.35, light=0.04, blur=0.3, noise=0.2)
 COLOURS = ("brightness", "contrast", "hue", "stain", "light")
-# How far colours are changed (docs/log.md 44): until half of them are still named right.
-HALF = 0.5
+# How far colours are changed (docs/log.md 44): until this share of the cells is still named right.
+NAMED = 0.6
 FURTHEST = 16.0  # times the usual change of colour, at most
 PROBE = 4  # on a fourth of the cells,
 PROBED_LEVELS = 3  # and at every third noise level
@@ -300,7 +300,7 @@ def _sequence(
 
 
 def _reach(work: Work, canvases: Pixels, size: int) -> Generator[int, None, float]:
-    """How far colours must change until `HALF` of the cells are named right: by bisection of its log."""
+    """How far colours must change until a share `NAMED` is named right: by bisection of its log."""
     plan, draws = work.plan, work.every.draws
     some = replace(work.every, draws=replace(draws, trials=draws.trials[::PROBED_LEVELS]))
     few = canvases.part(race_part(canvases.labels, plan.abroad_cells // PROBE, plan.seed))
@@ -309,7 +309,7 @@ def _reach(work: Work, canvases: Pixels, size: int) -> Generator[int, None, floa
         middle = math.sqrt(low * high)
         errors, _ = yield from work.measured(changed(few, size, middle, plan.seed), some)
         told = out_of_fold(errors[:, :, :-1], few.labels).argmax(1)
-        low, high = (middle, high) if (told == few.labels).mean() > HALF else (low, middle)
+        low, high = (middle, high) if (told == few.labels).mean() > NAMED else (low, middle)
     return math.sqrt(low * high)
 
 

@@ -39,7 +39,12 @@ ModelName = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
 Budget = Annotated[
-    str, typer.Option("--budget", help="Work for each cell: fast, balanced, full or paper.")
+    str,
+    typer.Option(
+        "--budget",
+        help="Work for each cell: fast, balanced, full or paper. With -abroad after one of the first three: "
+        "by weights fitted for frames of other laboratories.",
+    ),
 ]
 Engine = Annotated[
     str,
@@ -61,8 +66,8 @@ Match = Annotated[
         "--match",
         help="Bring images of white cells to the look of those the model was trained on: light, scale "
         "(one crop for all, from the size of their nuclei), light,scale or nothing. auto: what up to 32 "
-        "of the images show to be needed, if 8 white cells or more are in them; it says so. Cells that "
-        "look smaller are left alone.",
+        "of the images show to be needed, if 8 white cells or more are in them; it says so, and in another "
+        "light takes the budget's twin -abroad. Cells that look smaller are left alone.",
     ),
 ]
 Coverage = Annotated[float, typer.Option("--coverage", help="Of the conformal sets.")]
