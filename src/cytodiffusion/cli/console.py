@@ -42,8 +42,8 @@ Budget = Annotated[
     str,
     typer.Option(
         "--budget",
-        help="Work for each cell: fast, balanced, full or paper. With -abroad after one of the first three: "
-        "by weights fitted for frames of other laboratories.",
+        help="Work for each cell: fast, balanced, full or paper; fast-abroad, balanced-abroad, full-abroad "
+        "with weights fitted for frames of other laboratories.",
     ),
 ]
 Engine = Annotated[
