@@ -127,10 +127,10 @@ class Model:
         if not samples:
             raise DataError("No image files were given.")
         fit = fit_frames(samples, self.preprocess, match, crop)
-        if fit.told:
-            warnings.warn(fit.told, stacklevel=2)
         if fit.abroad:
             budget = self.classifier.abroad(budget)
+        if fit.told:
+            warnings.warn(f"{fit.told} Budget: {budget}.", stacklevel=2)
         prepared = [self.prepare(sample.read(), fit.crop, fit.light) for sample in samples]
         images = torch.stack([image for image, _ in prepared])
         table = self.classifier.measure(images, [sha for _, sha in prepared], budget)

@@ -103,7 +103,9 @@ def matching(
     if fit.told:
         console.note(fit.told)
     if fit.abroad and (twin := model.classifier.abroad(budget)) != budget:
-        console.note(f"Budget {twin}, whose weights were fitted for such frames, takes its place.")
+        console.note(
+            f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
+        )
         budget = twin
     return fit.light, fit.crop, budget
 
