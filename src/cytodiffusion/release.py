@@ -35,7 +35,7 @@ from cytodiffusion.classify.fit import (
 )
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import BettingRace, PaperRace, paper_draws
-from cytodiffusion.data.images import Preprocess, to_tensor
+from cytodiffusion.data.images import Preprocess, to_pixels, to_tensor
 from cytodiffusion.data.load import load_images
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.data.taxonomy import Taxonomy
@@ -48,13 +48,15 @@ from cytodiffusion.types import PIXELS, Classes, Space
 
 FEW = 320  # held-out cells that score a class-conditional network while it trains
 CHANGED = 64  # cells that are changed at a time
+# What another laboratory may change: size and sharpness as the preset cpu-far does, colours further.
 ELSEWHERE = Augmentation(affine=0.7, zoom=0.35, light=0.04, blur=0.3, noise=0.2)
 COLOURS = ("brightness", "contrast", "hue", "stain", "light")
-# How far colours are changed (docs/log.md 44): until this share of the cells is still named right.
-NAMED = 0.6
+NAMED = (
+    0.6  # colours are changed until this share of the cells is still named right (docs/log.md 44)
+)
 FURTHEST = 16.0  # times the usual change of colour, at most
-PROBE = 4  # on a fourth of the cells,
-PROBED_LEVELS = 3  # and at every third noise level
+PROBE = 4  # that is tried on a fourth of the cells,
+PROBED_LEVELS = 3  # at every third noise level
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ class Calibrated:
 
     budgets: dict[str, Budget]
     scores: dict[str, dict[str, float]]
+    reach: float | None = None  # how far colours were changed for other laboratories (`elsewhere`)
 
 
 @dataclass
@@ -246,8 +249,7 @@ def changed(canvases: Pixels, size: int, reach: float, seed: int) -> Pixels:
         augment(to_tensor(part), size, elsewhere(reach), generator)
         for part in np.split(canvases.images, range(CHANGED, len(canvases.images), CHANGED))
     ]
-    levels = ((torch.cat(images) + 1) * 127.5).round().to(torch.uint8).numpy()
-    return replace(canvases, images=levels)
+    return replace(canvases, images=to_pixels(torch.cat(images).nan_to_num(nan=1.0)))
 
 
 def calibrate(
@@ -265,6 +267,7 @@ def calibrate(
     )
     work = Work(meter, every, plan, workers)
     budgets = yield from _sequence(work, pixels)
+    reach = None
     if canvases is not None:
         size = pixels.images.shape[-1]
         reach = yield from _reach(work, canvases, size)
@@ -284,7 +287,7 @@ def calibrate(
         errors, _ = yield from work.measured(pixels.part(rows), short)
         budgets[name] = fit_race(errors, truth[rows], race)
     judged = {name: scores(b.held.probabilities, b.held.truth) for name, b in budgets.items()}
-    return Calibrated(budgets, judged)
+    return Calibrated(budgets, judged, reach)
 
 
 def _sequence(
@@ -339,7 +342,7 @@ Five-fold: weights are fitted without the cell that they name. Validation, not t
 TWINS = """\
 Budgets that end in
 `-abroad` are for frames of another laboratory: they are fitted and judged on cells of the same split whose
-colour, size and sharpness were changed."""
+colour, size and sharpness were changed, colours {reach:.1f} times as far as usual in training."""
 POSED = """\
 | turning latents | differs from encoding the turned cell by {pose_error} of their standard deviation |
 """
@@ -354,11 +357,11 @@ def make_card(
 ) -> str:  # fmt: skip
     """The model card: what it is, where it came from, how it did on validation."""
     rows = "\n".join(
-        f"| {budget} | {_passes(calibrated.budgets[budget])} "
+        f"| {budget} | {_passes(budget, calibrated.budgets[budget])} "
         f"| {s['balanced_accuracy']:.4f} | {s['accuracy']:.4f} | {s['nll']:.4f} |"
         for budget, s in calibrated.scores.items()
     )
-    twins = TWINS if any(name.endswith(ABROAD) for name in calibrated.budgets) else ""
+    twins = TWINS.format(reach=calibrated.reach) if calibrated.reach else ""
     words = {
         "twins": twins,
         "name": name,
@@ -374,7 +377,7 @@ def make_card(
     return CARD.format(**words, **shape, **origin, begun=begun, extra=extra)
 
 
-def _passes(budget: Budget) -> str:
+def _passes(name: str, budget: Budget) -> str:
     """How many passes a cell takes, for the card."""
     if isinstance(budget.reader, RaceReader):
         return f"race, on {len(budget.held.truth)} cells, as many of each class"
@@ -382,7 +385,8 @@ def _passes(budget: Budget) -> str:
     assert said is not None
     if not said.allowed:
         return f"{said.passes:g}"
-    return f"{said.passes:.2f} in the mean; {said.allowed:.1%} may differ from `full`"
+    full = "full" + ABROAD * name.endswith(ABROAD)
+    return f"{said.passes:.2f} in the mean; {said.allowed:.1%} may differ from `{full}`"
 
 
 def commit() -> str:

@@ -167,7 +167,8 @@ def calibrate(
     count = calibrations(meter, held, canvases, plan)
     calibrated = console.follow(fitting, "calibrating", count, "cells")
     origin = loaded.config["origin"] | {
-        "calibrated_on": source.resolve().name, "calibrated_at": commit(), "val_sha256": held.sha256
+        "calibrated_on": source.resolve().name, "calibrated_at": commit(), "val_sha256": held.sha256,
+        "abroad_reach": calibrated.reach,
     }  # fmt: skip
     size = sum(weight.numel() for weight in loaded.denoiser.parameters())
     card = make_card(loaded.name, loaded.classes, preprocess, loaded.form, size, calibrated, origin)

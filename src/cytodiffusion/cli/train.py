@@ -325,6 +325,7 @@ def write_bundle(
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
         **{"steps": run.step, "train_images": len(run.data.labels), "val_sha256": held.sha256},
+        "abroad_reach": calibrated.reach,
         **latent_facts(run, held),
         **origin,
     }
