@@ -41,13 +41,12 @@ def main() -> None:
     foreign = [args.root / name for name in FOREIGN]
     pbc = args.root / "pbc"
     labs, _ = list_labs(bench, pbc, foreign, pbc / "splits.csv", None)
-    run, held = run_training(
-        join(bench, labs), args.out, bench.settings, device, labels, console, args.start
-    )
+    parts = join(bench, labs)
+    run, held = run_training(parts, args.out, bench.settings, device, labels, console, args.start)
     if run is not None:
         origin = {"recipe": "recipes/wbc5.py", "data": "PBC, Raabin-WBC and BCCD", "preset": "cpu",
                   "start": Path(args.start).name}  # fmt: skip
-        write_bundle(run, held, args.out / "bundle", "wbc5", origin, labels, console)
+        write_bundle(run, held, parts["val"], args.out / "bundle", "wbc5", origin, labels, console)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,20 @@ def test_a_cell_is_changed_by_its_seed_and_reach() -> None:
     assert moved == sorted(moved)
 
 
+def test_white_stays_white() -> None:
+    """The noise of a camera goes past white; it is cut off there, not counted on from black."""
+    white = Pixels(np.full((64, 3, 24, 24), 255, np.uint8), np.zeros(64, int), ["w"] * 64, [])
+    found = changed(white, 16, 1.0, seed=0).images.astype(float)
+    means = found.mean((2, 3), keepdims=True)
+    assert (found.std((2, 3)) > 1).any()  # some are noisy
+    assert np.abs(found - means).max() < 80
+    assert changed(white, 16, 16.0, seed=0).images.mean() > 100  # and no value is lost
+
+
 def test_reach_is_of_colours_alone() -> None:
     near, far = elsewhere(1.0), elsewhere(3.0)
-    assert (far.stain, far.hue, far.light) == pytest.approx(
-        (3 * near.stain, 3 * near.hue, 3 * near.light)
-    )
+    for name in ("brightness", "contrast", "hue", "stain", "light"):
+        assert getattr(far, name) == pytest.approx(3 * getattr(near, name))
     assert (far.zoom, far.affine, far.blur, far.far) == (near.zoom, near.affine, near.blur, 0)
 
 

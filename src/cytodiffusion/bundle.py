@@ -127,10 +127,12 @@ class Model:
         if not samples:
             raise DataError("No image files were given.")
         fit = fit_frames(samples, self.preprocess, match, crop)
-        if fit.abroad:
-            budget = self.classifier.abroad(budget)
-        if fit.told:
-            warnings.warn(f"{fit.told} Budget: {budget}.", stacklevel=2)
+        told = fit.told
+        if fit.abroad and (twin := self.classifier.abroad(budget)) != budget:
+            told += f" Budget {twin} in place of {budget}: its weights were fitted for such frames."
+            budget = twin
+        if told:
+            warnings.warn(told, stacklevel=2)
         prepared = [self.prepare(sample.read(), fit.crop, fit.light) for sample in samples]
         images = torch.stack([image for image, _ in prepared])
         table = self.classifier.measure(images, [sha for _, sha in prepared], budget)

@@ -7,9 +7,10 @@ gets weights, a gate and an anomaly model of its own; a budget is how much disag
 answer of all trials it allows. A race needs one temperature, fitted on a part of the cells because
 it is slow.
 
-All this is done twice: on the cells as they are, and on cells whose colour, size and sharpness were
-changed as another laboratory might. What tells classes apart at home is not what does so abroad, and no
-cell of the other laboratory is needed to see it. Those budgets have names that end in `-abroad`.
+Trials, weights and what rests on them are fitted twice: on the cells as they are, and on cells whose
+colour, size and sharpness were changed, until the model names many of them wrongly (release.py). What
+tells classes apart at home is not what does so abroad, and no cell of the other laboratory is needed to
+see it. The budgets of the second fit have names that end in `-abroad`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Plan:
     sweep: int = 2  # noise levels of the betting race
     race_cells: int = 160  # held-out cells for the races
     abroad_cells: int = 640  # held-out cells that are changed as another laboratory might
-    probes: int = 5  # to find how far
+    probes: int = 5  # bisections, to find how far their colours are changed
     race_trials: int = 200  # most trials of a race while it is fitted, and of the betting race
     paper_most: int = 2000  # most trials of the paper's race in use
     seed: int = 0

@@ -202,6 +202,7 @@ class Work:
         import numpy as np
         import torch
 
+        from cytodiffusion.classify.classifier import ABROAD
         from cytodiffusion.evaluate.faithful import Judge, areas, curves, joined, rivals
         from cytodiffusion.explain.counterfactual import neutral
 
@@ -215,7 +216,8 @@ class Work:
             "change": each.map.strength,
             **rivals(each.image, rng),
         }
-        judge = Judge(model.classifier)
+        abroad = self.budget.endswith(ABROAD)
+        judge = Judge(model.classifier, model.classifier.abroad("full") if abroad else "full")
         found = curves(
             each.image, reference, rankings, lambda shown: judge.log_odds(shown, own, other)
         )

@@ -162,6 +162,10 @@ def calibrate(
     plan, meter = plan_of(together, loaded.space, seed), loaded.classifier.meter
     reading = load_canvases(samples, names, preprocess, plan, cores(), loaded.taxonomy)
     canvases = console.follow(reading, "reading once more", plan.abroad_cells, "images")
+    if canvases is None:
+        console.note(
+            "Too few cells of some class could be read: no budgets for other laboratories."
+        )
     torch.set_num_threads(1)  # one for each worker
     fitting = fit(meter, held, len(names), together, plan, threads(loaded), loaded.space, canvases)
     count = calibrations(meter, held, canvases, plan)

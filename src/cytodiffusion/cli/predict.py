@@ -84,9 +84,8 @@ def matching(
 ) -> tuple[bool, float | None, str]:  # fmt: skip
     """Whether to match the light, the crop and the budget to take; says so.
 
-    Raises SettingsError, DataError.
-
     `out`: where cells were named before, what was seen to be needed then stays, though there are more now.
+    Raises SettingsError, DataError.
     """
     from cytodiffusion.data.match import fit_frames
     from cytodiffusion.predictions import read_request
@@ -96,18 +95,25 @@ def matching(
         light, own = model.preprocess.match == "nothing", model.preprocess.crop
         fitted = before.get("crop", own)
         light = light and before.get("match") == "light"
-        twin = model.classifier.abroad(budget)
-        budget = twin if before.get("budget") == twin else budget
-        return light, crop or (fitted if fitted != own else None), budget
-    fit = fit_frames(samples, model.preprocess, match, crop)
-    if fit.told:
-        console.note(fit.told)
-    if fit.abroad and (twin := model.classifier.abroad(budget)) != budget:
+        crop = crop or (fitted if fitted != own else None)
+        abroad = light and before.get("budget") == model.classifier.abroad(budget)
+    else:
+        fit = fit_frames(samples, model.preprocess, match, crop)
+        if fit.told:
+            console.note(fit.told)
+        light, crop, abroad = fit.light, fit.crop, fit.abroad
+    twin = model.classifier.abroad(budget)
+    if twin == budget:
+        return light, crop, budget
+    if abroad:
         console.note(
             f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
         )
-        budget = twin
-    return fit.light, fit.crop, budget
+    elif light:
+        console.note(
+            f"Budget {budget} has weights from home; {twin} has some for other laboratories."
+        )
+    return light, crop, twin if abroad else budget
 
 
 def name_all(

@@ -316,6 +316,10 @@ def write_bundle(
     meter = DenoiserMeter(denoiser, learner.radius)
     work = load_canvases(val, classes.names, settings.preprocess, plan, cores(), taxonomy)
     canvases = console.follow(work, "reading val once more", plan.abroad_cells, "images")
+    if canvases is None:
+        console.note(
+            "Too few cells of some class could be read: no budgets for other laboratories."
+        )
     calibrated = console.follow(
         calibrate(
             meter, held, len(classes), settings.together, plan, workers, learner.space, canvases,

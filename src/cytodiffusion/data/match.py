@@ -25,7 +25,9 @@ class Fit(NamedTuple):
     crop: float | None  # in place of the model's own
     told: str = ""  # what was found, for the reader
     look: Look | None = None  # of the frames, where something is done to them
-    abroad: bool = False  # whether they were seen to be in another light: of another laboratory
+    abroad: bool = (
+        False  # seen to be of another laboratory: in a light that the model would not undo
+    )
 
     def settled(self, preprocess: Preprocess) -> Preprocess:
         """Preprocessing that does this to every frame, and takes their scale for that of training."""
@@ -87,6 +89,7 @@ def _glance(samples: Sequence[Sample], preprocess: Preprocess, crop: float | Non
         return Fit(False, crop)
     if seen < CLEAR:
         words = ",".join(["light"] * light + ["scale"] * (fit != crop))
+        words += " and the budget to balanced-abroad" * light
         return Fit(False, crop, (
             "These frames may differ from those that the model was trained on, but white cells were found "
             f"in {seen} only of those looked at, and it takes {CLEAR} to tell: they are taken as they are. "

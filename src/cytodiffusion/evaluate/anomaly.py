@@ -50,7 +50,7 @@ from cytodiffusion.evaluate.report import fill
 LEVELS, LOW, HIGH = 8, 0.05, 5.0  # of the trials that are spread over noise levels
 NEIGHBOURS = 5
 KNOWN, NORMAL, OURS = "known", "normal", "ours"  # names of sets, and of our method
-TOLD = "balanced"  # the score that `predict` tells
+TOLD = "balanced"  # the score that `predict` tells, of frames in the light of training
 Scored = Mapping[tuple[str, str], Mapping[str, np.ndarray]]  # (method, score) -> set -> cells
 
 

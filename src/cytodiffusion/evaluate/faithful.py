@@ -47,12 +47,13 @@ class Judge:
     """The classifier whose reasons are asked for: its first trials, which see no map."""
 
     classifier: Classifier
+    budget: str = "full"  # or its twin, where that named the cell
 
     def probabilities(self, images: Sequence[Image]) -> Float[np.ndarray, "n k"]:
         """Of each class; all images see the same noise."""
-        budget = self.classifier.budget("full")
+        budget = self.classifier.budget(self.budget)
         measurement = replace(
-            self.classifier.measurement("full"), draws=budget.draws.first(TRIALS), policy=None
+            self.classifier.measurement(self.budget), draws=budget.draws.first(TRIALS), policy=None
         )
         tensor = torch.from_numpy(np.stack(images).astype(np.float32)).to(self.classifier.device)
         errors = measurement.measure(self.classifier.meter, tensor, ["judged"] * len(images))

@@ -1,7 +1,7 @@
 """What each bench has found: the questions it answers, ours beside the best baseline, its main rows.
 
 A function for each kind of results. Ours is what a user gets who changes nothing: the budget and the
-score of `predict`, the step that `bench shift` calls chosen. The best baseline is the best on the very
+score of `predict`, the step that `bench shift` calls abroad. The best baseline is the best on the very
 cells of the test, a choice in its favour. Nothing is chosen in favour of ours.
 
 Whether a published figure can be compared is decided here too, by what the results say: not on other

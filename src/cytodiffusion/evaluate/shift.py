@@ -3,8 +3,9 @@
 It is used unchanged: no label of the foreign cells is seen, and no weight is changed. A `Step` is what
 may be done nevertheless. It works on each frame (its light), on a batch as a whole (one scale, from its
 own nuclei) or on the reading: with weights that were fitted on cells changed as another laboratory might
-(classify/fit.py), or of the batch as a whole (adapt.py). `abroad` is what `predict` does unasked; what
-`abroad + ...` add was tried, and did not help on the whole or assumes too much.
+(classify/fit.py), or of the batch as a whole (adapt.py). `abroad` is what `predict` does unasked where
+frames are clearly in another light, with all trials; what `abroad + ...` add was tried, and did not help on
+the whole or assumes too much.
 
 The mean over sets weighs every set alike; its interval comes from resamples of the cells of each set.
 """

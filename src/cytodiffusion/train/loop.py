@@ -181,9 +181,8 @@ def take_fitting(learner: nn.Module, start: Mapping[str, Tensor]) -> int:
 
 def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
     """Devices and processes. Raises SettingsError where the settings do not fit them."""
-    if (
-        torch.distributed.is_available()
-    ):  # a later first import would hold on to the other processes
+    # If it is first imported once there are other processes, its defaults keep them, and `close` cannot.
+    if torch.distributed.is_available():
         import_module("torch.distributed.nn.functional")
     try:
         patient = InitProcessGroupKwargs(timeout=WAIT)  # processes wait while one encodes or judges
