@@ -367,7 +367,7 @@ def test_train_on_two_spellings(
     words = ["train", two_spellings, "-o", tmp_path / "run", *TINY, "--set=steps=1"]
     told = cli(*words, *(["--taxonomy", tmp_path / "my.yaml"] * own))
     assert told.code == 0, told.err
-    run, held, labels = seen[0], seen[1], seen[5]
+    run, held, labels = seen[0], seen[1], seen[6]
     wanted = ("lymphocyte", "martian") if own else ("eosinophil", "lymphocyte")
     assert run.data.classes == wanted
     assert sorted(set(held.labels.tolist())) == [0, 1]
