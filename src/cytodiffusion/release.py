@@ -51,9 +51,7 @@ CHANGED = 64  # cells that are changed at a time
 # What another laboratory may change: size and sharpness as the preset cpu-far does, colours further.
 ELSEWHERE = Augmentation(affine=0.7, zoom=0.35, light=0.04, blur=0.3, noise=0.2)
 COLOURS = ("brightness", "contrast", "hue", "stain", "light")
-NAMED = (
-    0.6  # colours are changed until this share of the cells is still named right (docs/log.md 44)
-)
+NAMED = 0.6  # share of cells that are still named right when colours are changed enough (log 44)
 FURTHEST = 16.0  # times the usual change of colour, at most
 PROBE = 4  # that is tried on a fourth of the cells,
 PROBED_LEVELS = 3  # at every third noise level
