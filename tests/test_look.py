@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import json
 import re
 import warnings
 from pathlib import Path
@@ -247,6 +248,19 @@ def test_a_folder_that_grows_is_matched_as_before(tmp_path: Path) -> None:
     assert cli("predict", cells, *words, "--crop", 0.5).code == 2
     (tmp_path / "out" / "request.json").write_text("[]")
     assert "version of this program" in cli("predict", cells, *words).complaint
+
+
+def test_who_asks_for_light_keeps_the_weights_of_home(tmp_path: Path) -> None:
+    """It is said; and run again unasked, in the same folder, they stay."""
+    cells, words = frames(tmp_path / "in", 8, 1.0, 0.8), ["-o", tmp_path / "out", "--device", "cpu"]
+    told = cli("predict", cells, *words, "--match", "light")
+    assert told.code == 0, told.err
+    assert "Budget balanced has weights from home; balanced-abroad" in told.err
+    for _ in range(2):
+        assert json.loads((tmp_path / "out" / "request.json").read_text())["budget"] == "balanced"
+        again = cli("predict", cells, *words)
+        assert again.code == 0, again.err
+        assert "8 cells are already" in again.err
 
 
 def test_what_was_matched_is_written_down(tmp_path: Path) -> None:

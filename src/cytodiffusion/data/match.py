@@ -25,9 +25,7 @@ class Fit(NamedTuple):
     crop: float | None  # in place of the model's own
     told: str = ""  # what was found, for the reader
     look: Look | None = None  # of the frames, where something is done to them
-    abroad: bool = (
-        False  # seen to be of another laboratory: in a light that the model would not undo
-    )
+    abroad: bool = False  # seen to be of another laboratory, by a light that is to be undone
 
     def settled(self, preprocess: Preprocess) -> Preprocess:
         """Preprocessing that does this to every frame, and takes their scale for that of training."""
