@@ -177,9 +177,11 @@ def test_a_saved_table_is_read_without_the_network(model: Model, tmp_path: Path)
 def test_budgets_round_trip(model: Model) -> None:
     """Plain JSON; and seven digits, once taken, stay."""
     budgets = model.classifier.budgets
-    assert list(budgets) == ["fast", "balanced", "full", "race", "paper"]
-    assert [len(budgets[name].draws) for name in budgets] == [8, 8, 8, 200, 2000]
+    here = ["fast", "balanced", "full"]
+    assert list(budgets) == [*here, *(f"{name}-abroad" for name in here), "race", "paper"]
+    assert [len(budgets[name].draws) for name in budgets] == [8] * 6 + [200, 2000]
     plain = calibration_to_json(budgets)
+    assert [plain["budgets"][name]["sequence"] for name in [*here, "full-abroad"]] == [0, 0, 0, 1]
     again = calibration_from_json(json.loads(json.dumps(plain)))
     assert calibration_to_json(again) == plain
     for name in budgets:
@@ -187,7 +189,8 @@ def test_budgets_round_trip(model: Model) -> None:
         for key in ("truth", "probabilities", "anomaly"):
             assert np.array_equal(getattr(again[name].held, key), getattr(budgets[name].held, key))
     assert (again["paper"].policy.alpha, again["paper"].policy.least) == (2e-3, 20)
-    assert again["fast"].reader.depths[3].gate == budgets["fast"].reader.depths[3].gate
+    for name in ("fast", "fast-abroad"):
+        assert again[name].reader.depths[3].gate == budgets[name].reader.depths[3].gate
 
 
 def test_calibration_in_the_file_is_the_one_that_was_fitted(model: Model) -> None:

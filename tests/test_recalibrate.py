@@ -114,6 +114,10 @@ def test_it_says_what_it_was_calibrated_on(before: Path, after: Path) -> None:
     assert new["origin"].pop("calibrated_on") == "other-lab"
     assert new["origin"].pop("calibrated_at") == release.commit()
     assert new["origin"].pop("val_sha256") != old["origin"].pop("val_sha256")
+    reaches = [each["origin"].pop("abroad_reach") for each in (old, new)]
+    assert all(f"{reach:.1f} times as far" in text for reach, text in zip(
+        reaches, ((before / "card.md").read_text(), card), strict=True
+    ))  # fmt: skip
     assert new == old
     same = [line for line in (before / "card.md").read_text().splitlines() if line[:2] == "| "][:5]
     assert all(line in card for line in same)  # the network, the input, how it was made
