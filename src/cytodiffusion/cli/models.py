@@ -135,7 +135,7 @@ def calibrate(
         load_pixels,
         make_card,
         plan_of,
-    )  # fmt: skip
+    )
     from cytodiffusion.types import PIXELS
 
     console = Console(json)

@@ -302,7 +302,7 @@ def write_bundle(
         load_canvases,
         make_card,
         plan_of,
-    )  # fmt: skip
+    )
     from cytodiffusion.types import PIXELS, Classes
 
     classes, settings, learner = Classes(run.data.classes), run.settings, run.learner
