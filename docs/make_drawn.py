@@ -29,12 +29,13 @@ from cytodiffusion.cli.console import Console, cores
 from cytodiffusion.data.find import find_cell
 from cytodiffusion.data.images import Preprocess
 from cytodiffusion.data.mark import Mark, marked_png, read_mark, refuse_marked
+from cytodiffusion.data.pixels import Pixels, load_pixels
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate.intervals import binomial_interval
 from cytodiffusion.files import write_file
-from cytodiffusion.release import Pixels, commit, load_pixels
+from cytodiffusion.release import commit
 from cytodiffusion.synthesis import REQUEST, Drawing
 
 TAIL = 0.025  # chance of a real cell to lie below its usual range, and above it

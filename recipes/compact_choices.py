@@ -18,16 +18,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cytodiffusion.classify.calibrate import out_of_fold
+from cytodiffusion.classify.calibrate import out_of_fold, scores
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.fit import race_part
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import to_tensor
+from cytodiffusion.data.pixels import Pixels, class_names, load_pixels
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.networks.compact import CompactSettings, Trunk
-from cytodiffusion.release import Pixels, class_names, load_pixels, scores
 from cytodiffusion.train import loop
 from cytodiffusion.train.settings import TrainSettings, make_settings
 

@@ -16,9 +16,9 @@ import torch
 from cytodiffusion.bundle import load
 from cytodiffusion.cli.console import Console, cores
 from cytodiffusion.data.images import to_tensor
+from cytodiffusion.data.pixels import load_pixels
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.diffusion.gain import LEVELS, fit_gain
-from cytodiffusion.release import load_pixels
 from cytodiffusion.synthesis import save_gain
 
 

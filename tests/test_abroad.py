@@ -13,13 +13,14 @@ import torch
 from helpers import CLASSES, tiny_model, write_discs
 from torch import Tensor
 
-from cytodiffusion import release
+from cytodiffusion import calibration
 from cytodiffusion.bundle import load
+from cytodiffusion.calibration import calibrate, changed, elsewhere, load_canvases
 from cytodiffusion.classify.fit import Plan
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import Preprocess
+from cytodiffusion.data.pixels import Pixels
 from cytodiffusion.data.readers import read_dataset
-from cytodiffusion.release import Pixels, calibrate, changed, elsewhere, load_canvases
 
 T = TypeVar("T")
 PLAN = Plan(levels=4, trials=4, naming=4, race_cells=6, race_trials=22, paper_most=22, low=0.1)
@@ -107,9 +108,9 @@ def test_three_of_five_are_named_right_at_the_reach_that_is_found(
 ) -> None:
     """A world where a share 3 / (3 + 2 (reach / wanted)^4) of the cells is named right, the rest wrong."""
     cells = canvases(100)
-    monkeypatch.setattr(release, "changed", lambda cells, size, reach, seed: (cells, reach))
+    monkeypatch.setattr(calibration, "changed", lambda cells, size, reach, seed: (cells, reach))
 
-    class Known(release.Work):
+    class Known(calibration.Work):
         def measured(self, pixels: Any, measurement: Measurement) -> Any:
             few, reach = pixels
             right = np.arange(len(few.labels)) % 100 < 300 / (3 + 2 * (reach / wanted) ** 4)
@@ -119,9 +120,9 @@ def test_three_of_five_are_named_right_at_the_reach_that_is_found(
             yield 1
             return errors, np.zeros((len(named), 0))
 
-    every = Measurement(release.candidates(PLAN), 3, release.POSES)
+    every = Measurement(calibration.candidates(PLAN), 3, calibration.POSES)
     work = Known(lambda *_: None, every, replace(PLAN, abroad_cells=800), 1)
-    assert result(release._reach(work, cells, 16)) == pytest.approx(wanted, rel=0.15)
+    assert result(calibration._reach(work, cells, 16)) == pytest.approx(wanted, rel=0.15)
 
 
 def judging(images: Tensor, labels: Tensor, sigma: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ class Short(Plan):
 def small() -> Iterator[None]:
     """A ResNet that is trained in a moment, and a model that is calibrated so."""
     with pytest.MonkeyPatch.context() as patch:
-        import_module("cytodiffusion.release")  # which takes the Plan that is there
+        import_module("cytodiffusion.calibration")  # which takes the Plan that is there
         patch.setattr("cytodiffusion.classify.fit.Plan", Short)
         sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
         patch.setitem(SHAPES, "resnet", SHAPES["resnet"] | sizes)

@@ -18,12 +18,12 @@ from cytodiffusion.cli import topup
 from cytodiffusion.cli.topup import Job, World
 from cytodiffusion.data.images import Preprocess
 from cytodiffusion.data.mark import Mark, marked_png
+from cytodiffusion.data.pixels import Pixels
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate.augment import ARMS, choose, gains, mirrored, missing, row, summary
 from cytodiffusion.evaluate.baselines import SHAPES
 from cytodiffusion.evaluate.low_data import interval
-from cytodiffusion.release import Pixels
 
 RARE = CLASSES[1]
 LABELS = np.array([0, 1, 2, -1] * 8)

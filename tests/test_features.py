@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cytodiffusion import release
+from cytodiffusion import calibration
 from cytodiffusion.classify.anomaly import (
     doubt,
     fit_anomaly,
@@ -30,6 +30,7 @@ from cytodiffusion.classify.fit import Plan, candidates, choose_draws, fit_race,
 from cytodiffusion.classify.measure import POOL, Done, Measurement
 from cytodiffusion.classify.race import PaperRace, paper_draws
 from cytodiffusion.classify.sequential import Rule, Sequence
+from cytodiffusion.data.pixels import Pixels
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.noise import log_spaced
 from cytodiffusion.diffusion.precondition import EDMDenoiser, VPDenoiser
@@ -486,7 +487,7 @@ def test_calibration_takes_the_features_of_the_first_trial_that_a_cell_will_run(
     """Not those of the first candidate; and it measures as many cells as it says."""
     plan = Plan(levels=4, trials=2, naming=1, race_cells=6, race_trials=22, paper_most=22)
     pixels = ((images(18) + 1) * 127.5).round().numpy().astype(np.uint8)
-    held = release.Pixels(pixels, np.arange(18) % K, names(18), [])
+    held = Pixels(pixels, np.arange(18) % K, names(18), [])
     meter, given = DenoiserMeter(denoiser(form)), []
 
     def chosen(errors: np.ndarray, truth: np.ndarray, plan: Plan) -> tuple[Draws, list[int]]:
@@ -497,9 +498,9 @@ def test_calibration_takes_the_features_of_the_first_trial_that_a_cell_will_run(
         given.append(words)
         return fit_sequence(*words, **others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(release, "choose_draws", chosen)
-    monkeypatch.setattr(release, "fit_sequence", watched)
-    work = release.calibrate(meter, held, K, form == "heads", plan)
+    monkeypatch.setattr(calibration, "choose_draws", chosen)
+    monkeypatch.setattr(calibration, "fit_sequence", watched)
+    work = calibration.calibrate(meter, held, K, form == "heads", plan)
     counts = []
     while True:
         try:
@@ -507,7 +508,7 @@ def test_calibration_takes_the_features_of_the_first_trial_that_a_cell_will_run(
         except StopIteration as end:
             budgets = end.value.budgets
             break
-    assert counts == list(range(1, release.calibrations(meter, held, None, plan) + 1))
+    assert counts == list(range(1, calibration.calibrations(meter, held, None, plan) + 1))
     assert len(counts) == 18 * (2 if form == "heads" else 1) + 2 * 6
     ((draws, errors, _, _, features, _),) = given
     shown = torch.from_numpy(pixels).float() / 127.5 - 1

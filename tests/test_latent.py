@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cytodiffusion import bundle as bundles
-from cytodiffusion import release
+from cytodiffusion import calibration
 from cytodiffusion.classify.calibrate import HeldOut
 from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
 from cytodiffusion.classify.draws import standard_normal
@@ -35,7 +35,6 @@ from cytodiffusion.cli.console import cores, threads
 from cytodiffusion.cli.train import first_weights
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES, Augmentation
-from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.diffusion.noise import karras_sigmas
 from cytodiffusion.errors import MissingExtra, ModelError, SettingsError
 from cytodiffusion.evaluate.anomaly import spread_trials
@@ -60,7 +59,7 @@ from cytodiffusion.train.latent import LatentLearner, keep_latents, mixed
 from cytodiffusion.train.learner import Batch
 from cytodiffusion.train.loop import Run
 from cytodiffusion.train.settings import LatentSettings, TrainSettings, make_settings
-from cytodiffusion.types import Classes
+from cytodiffusion.types import UNLABELLED, Classes
 
 K = 3
 STILL = Augmentation(
@@ -668,7 +667,7 @@ def test_presets_are_the_papers_table(preset, size, radius, count, steps):
 
 
 def test_noise_levels_of_a_calibration_grow_with_the_latents(tiny, space):
-    plan, plain = release.plan_of(False, space, seed=0), Plan()
+    plan, plain = calibration.plan_of(False, space, seed=0), Plan()
     assert (plan.low, plan.high) == (2 * plain.low, 2 * plain.high)
     assert plan.levels < plain.levels
     assert plan.paper_most == 2000
@@ -886,7 +885,7 @@ def trained(request, tmp_path_factory) -> Trained:
     }  # fmt: skip
     words = [f"--set={name}={value}" for name, value in changes.items()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(release, "plan_of", shorter(release.plan_of))
+        patch.setattr(calibration, "plan_of", shorter(calibration.plan_of))
         said = cli(
             "train", source, "-o", base / "run", "--splits", splits, "--preset=paper-low-data",
             "--device=cpu", "--json", *words,

@@ -14,7 +14,7 @@ import torch
 from helpers import BUDGETS, CLASSES, Result, Tiny, cli, contents, tiny_model, write_discs
 
 from cytodiffusion import bundle as bundles
-from cytodiffusion import release
+from cytodiffusion import calibration, release
 from cytodiffusion.bundle import load, verify
 from cytodiffusion.classify.fit import Plan
 from cytodiffusion.cli import models
@@ -47,7 +47,7 @@ class Short(Plan):
 @pytest.fixture(scope="module", autouse=True)
 def short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(release, "Plan", Short)
+        patch.setattr(calibration, "Plan", Short)
         yield
 
 
@@ -198,7 +198,7 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("measured")
 
-    monkeypatch.setattr(release, "calibrate", refuse)
+    monkeypatch.setattr(calibration, "calibrate", refuse)
 
 
 @pytest.mark.usefixtures("nothing_measured")

@@ -20,7 +20,6 @@ from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.cli.train import first_weights
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES
-from cytodiffusion.diffusion.loss import UNLABELLED
 from cytodiffusion.errors import ModelError, OutputError, SettingsError
 from cytodiffusion.train import loop
 from cytodiffusion.train.checkpoint import (
@@ -42,6 +41,7 @@ from cytodiffusion.train.loop import (
 )
 from cytodiffusion.train.record import read_metrics, record
 from cytodiffusion.train.settings import NetworkSettings, TrainSettings, load_settings
+from cytodiffusion.types import UNLABELLED
 
 CLASSES = ("red", "green", "blue")
 

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from cytodiffusion.errors import DataError, LabelError
 
+UNLABELLED = -1  # in place of a class index, where the class is not known
+
 
 @dataclass(frozen=True)
 class Classes:

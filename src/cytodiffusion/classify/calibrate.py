@@ -142,6 +142,19 @@ def nll(probabilities: Float[np.ndarray, "m k"], truth: Int[np.ndarray, " m"]) -
     return float(-np.log(probabilities[np.arange(len(truth)), truth].clip(1e-12)).mean())
 
 
+def scores(
+    probabilities: Float[np.ndarray, "n k"], truth: Int[np.ndarray, " n"]
+) -> dict[str, float]:
+    """NLL, accuracy and balanced accuracy."""
+    right = probabilities.argmax(1) == truth
+    balanced = np.mean([right[truth == k].mean() for k in np.unique(truth)])
+    return {
+        "nll": nll(probabilities, truth),
+        "accuracy": float(right.mean()),
+        "balanced_accuracy": float(balanced),
+    }
+
+
 def choose_trials(
     errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"], count: int
 ) -> list[int]:

@@ -168,9 +168,9 @@ def _held_out(
     source: Path, splits: Path | None, hold_out: str | None, run: Path | None, labels: Taxonomy
 ) -> str | None:
     """The class to hold out, as the data set spells it. Raises SettingsError, DataError."""
+    from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.errors import SettingsError
-    from cytodiffusion.release import class_names
 
     if hold_out is None:
         if run is not None:

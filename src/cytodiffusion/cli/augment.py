@@ -105,10 +105,10 @@ def augment(
     from cytodiffusion.cli.few import read_cells, some
     from cytodiffusion.cli.topup import World, check_drawn, folders, names_of, write_choices
     from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
     from cytodiffusion.evaluate.low_data import check_counts
-    from cytodiffusion.release import class_names
 
     console, where, names = Console(json), pick_device(device), Taxonomy.load()
     counts, kinds = read_counts(labels, least=LEAST), _kinds(baselines)

@@ -176,8 +176,8 @@ def _gather(
     """Pictures of one kind; says what could not be read, and which were enlarged."""
     import numpy as np
 
+    from cytodiffusion.data.pixels import class_index
     from cytodiffusion.evaluate.blinded import TRUTHS, gather
-    from cytodiffusion.release import class_index
 
     rng = np.random.default_rng([seed, TRUTHS.index(kind)])
     classes = [class_index(s.label, model.classes.names, model.taxonomy) for s in samples]

@@ -87,9 +87,9 @@ def labelled_cells(
     import numpy as np
 
     from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.data.pixels import class_index
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_index
 
     found = [s for s in read_dataset(source, splits=splits, split=split) if s.label is not None]
     if not found:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.data.pixels import Pixels
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.low_data import Method
-    from cytodiffusion.release import Pixels
     from cytodiffusion.train.loop import Run
     from cytodiffusion.train.settings import TrainSettings
 
@@ -115,7 +115,7 @@ def read_cells(
     """The images, in an order that does not depend on the listing. Those not read are named."""
     import numpy as np
 
-    from cytodiffusion.release import load_pixels
+    from cytodiffusion.data.pixels import load_pixels
 
     work = load_pixels(samples, classes, preprocess, margin, cores(), labels)
     found = console.follow(work, f"reading {what}", len(samples), "images")

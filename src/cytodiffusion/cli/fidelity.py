@@ -179,8 +179,8 @@ def _read(
     import numpy as np
 
     from cytodiffusion.data.load import load_images
+    from cytodiffusion.data.pixels import class_index
     from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_index
 
     console.start()
     kept, labels = [], []

@@ -103,9 +103,9 @@ def list_labs(
     left out, and named. Raises DataError.
     """
     from cytodiffusion.bundle import load
+    from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_names
 
     sets = {train: read_dataset(train, splits=splits)}
     sets |= {folder: read_dataset(folder) for folder in foreign}
@@ -227,9 +227,9 @@ def make_baseline(
     """Trained on the same images and augmentation; its best learning rate is chosen on val."""
     import torch
 
+    from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings, train_baseline
     from cytodiffusion.files import writing_to
-    from cytodiffusion.release import load_pixels
 
     settings, console = bench.settings, bench.console
     wanted = BaselineSettings(kind=kind, minutes=minutes, balance=settings.balance, seed=bench.seed)

@@ -95,10 +95,10 @@ def low_data(
         some,
         train_first,
     )
+    from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.low_data import OURS, Method, check_counts, gains, render, summary
     from cytodiffusion.evaluate.report import write_page
-    from cytodiffusion.release import class_names
 
     console, where, names = Console(json), pick_device(device), Taxonomy.load()
     counts = read_counts(

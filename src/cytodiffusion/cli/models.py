@@ -124,18 +124,13 @@ def calibrate(
     import torch
 
     from cytodiffusion.bundle import check_place, load, recalibrated
-    from cytodiffusion.cli.train import check_counts, check_held
+    from cytodiffusion.calibration import calibrate as fit
+    from cytodiffusion.calibration import calibrations, plan_of
+    from cytodiffusion.cli.train import check_counts, check_held, read_canvases
     from cytodiffusion.data.match import fit_frames
+    from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.data.readers import read_dataset
-    from cytodiffusion.release import calibrate as fit
-    from cytodiffusion.release import (
-        calibrations,
-        commit,
-        load_canvases,
-        load_pixels,
-        make_card,
-        plan_of,
-    )
+    from cytodiffusion.release import commit, make_card
     from cytodiffusion.types import PIXELS
 
     console = Console(json)
@@ -160,12 +155,7 @@ def calibrate(
         console.note(f"Not read: {problem}")
     check_counts(held.labels.tolist(), names, f"{where}, of what could be read,")
     plan, meter = plan_of(together, loaded.space, seed), loaded.classifier.meter
-    reading = load_canvases(samples, names, preprocess, plan, cores(), loaded.taxonomy)
-    canvases = console.follow(reading, "reading once more", plan.abroad_cells, "images")
-    if canvases is None:
-        console.note(
-            "Too few cells of some class could be read: no budgets for other laboratories."
-        )
+    canvases = read_canvases(samples, names, preprocess, plan, loaded.taxonomy, console)
     torch.set_num_threads(1)  # one for each worker
     fitting = fit(meter, held, len(names), together, plan, threads(loaded), loaded.space, canvases)
     count = calibrations(meter, held, canvases, plan)

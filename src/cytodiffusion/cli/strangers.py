@@ -129,7 +129,7 @@ def _some(
     import numpy as np
 
     from cytodiffusion.classify.fit import race_part
-    from cytodiffusion.release import class_index
+    from cytodiffusion.data.pixels import class_index
 
     if count is None:
         return samples
@@ -142,8 +142,8 @@ def _read(
     margin: float = 1.0,
 ) -> Cells:  # fmt: skip
     """The images at the model's size. Those that cannot be read are named and left out."""
+    from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.evaluate.anomaly import Cells
-    from cytodiffusion.release import load_pixels
 
     preprocess = _preprocess(bench, ours, foreign)
     work = load_pixels(samples, ours.classes.names, preprocess, margin, cores(), bench.labels)
@@ -163,9 +163,9 @@ def _corrupted(bench: Bench, ours: Model, samples: Sequence[Sample]) -> dict[str
     """Copies of these cells, corrupted in every way."""
     import numpy as np
 
-    from cytodiffusion.diffusion.loss import UNLABELLED
     from cytodiffusion.evaluate.anomaly import Cells
     from cytodiffusion.evaluate.corruptions import CORRUPTIONS, corrupted
+    from cytodiffusion.types import UNLABELLED
 
     wide = _read(bench, ours, "cells to corrupt", samples, margin=MARGIN)
     size, nothing = ours.preprocess.size, np.full(len(wide.digests), UNLABELLED)

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.mark import Mark
+    from cytodiffusion.data.pixels import Pixels
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.augment import Arm
     from cytodiffusion.evaluate.baselines import BaselineSettings, Kind
-    from cytodiffusion.release import Pixels
 
 Choice = tuple[int, int]  # real cells of the rare class, and the repeat
 PLACES = ("{labels}", "{repeat}")  # in the name of a folder of drawn cells

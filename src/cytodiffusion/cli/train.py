@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cytodiffusion.classify.fit import Plan
+    from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.data.pixels import Pixels
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
-    from cytodiffusion.release import Pixels
     from cytodiffusion.train.loop import Run
     from cytodiffusion.train.settings import TrainSettings
 
@@ -107,10 +109,10 @@ def split_samples(
     """Samples of the splits train and val; a split file is made where none is given."""
     from dataclasses import replace
 
+    from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.split import Row, write_split
     from cytodiffusion.errors import DataError
-    from cytodiffusion.release import class_names
 
     samples = taxonomy.respell(read_dataset(source, splits=splits))
     labelled = [sample for sample in samples if sample.label is not None]
@@ -152,7 +154,7 @@ def check_held(
     val: Sequence[Sample], classes: Sequence[str], taxonomy: Taxonomy, where: str = VAL
 ) -> None:
     """Raises DataError where a class cannot be calibrated: now, not after an hour."""
-    from cytodiffusion.release import class_index
+    from cytodiffusion.data.pixels import class_index
 
     check_counts([class_index(sample.label, classes, taxonomy) for sample in val], classes, where)
 
@@ -177,8 +179,9 @@ def run_training(
     taxonomy: Taxonomy, console: Console, start: str | None = None,
 ) -> tuple[Run | None, Pixels]:  # fmt: skip
     """Train to the end. The run is None in the helper processes of a run over several."""
+    from cytodiffusion.data.pixels import class_names, load_pixels
     from cytodiffusion.files import writing_to
-    from cytodiffusion.release import class_names, load_pixels, validator
+    from cytodiffusion.release import validator
     from cytodiffusion.train.loop import Run, TrainingSet, train
     from cytodiffusion.train.record import draw_samples, plot_progress, record
 
@@ -286,6 +289,22 @@ def _source(start: str) -> str:
     return Path(start).resolve().name if Path(start).exists() else start
 
 
+def read_canvases(
+    samples: Sequence[Sample], classes: Sequence[str], preprocess: Preprocess, plan: Plan,
+    taxonomy: Taxonomy, console: Console,
+) -> Pixels | None:  # fmt: skip
+    """Cells for the budgets of other laboratories; None, and why, where there are too few."""
+    from cytodiffusion.calibration import load_canvases
+
+    work = load_canvases(samples, classes, preprocess, plan, cores(), taxonomy)
+    canvases = console.follow(work, "reading once more", plan.abroad_cells, "images")
+    if canvases is None:
+        console.note(
+            "Too few cells of some class could be read: no budgets for other laboratories."
+        )
+    return canvases
+
+
 def write_bundle(
     run: Run, held: Pixels, val: Sequence[Sample], folder: Path, name: str, origin: dict[str, Any],
     taxonomy: Taxonomy, console: Console,
@@ -294,15 +313,9 @@ def write_bundle(
     import torch
 
     from cytodiffusion.bundle import Parts, save_bundle
+    from cytodiffusion.calibration import calibrate, calibrations, plan_of
     from cytodiffusion.classify.evidence import DenoiserMeter
-    from cytodiffusion.release import (
-        calibrate,
-        calibrations,
-        commit,
-        load_canvases,
-        make_card,
-        plan_of,
-    )
+    from cytodiffusion.release import commit, make_card
     from cytodiffusion.types import PIXELS, Classes
 
     classes, settings, learner = Classes(run.data.classes), run.settings, run.learner
@@ -314,12 +327,7 @@ def write_bundle(
     workers = 1 if on_gpu else cores()
     torch.set_num_threads(1)  # one for each worker
     meter = DenoiserMeter(denoiser, learner.radius)
-    work = load_canvases(val, classes.names, settings.preprocess, plan, cores(), taxonomy)
-    canvases = console.follow(work, "reading val once more", plan.abroad_cells, "images")
-    if canvases is None:
-        console.note(
-            "Too few cells of some class could be read: no budgets for other laboratories."
-        )
+    canvases = read_canvases(val, classes.names, settings.preprocess, plan, taxonomy, console)
     calibrated = console.follow(
         calibrate(
             meter, held, len(classes), settings.together, plan, workers, learner.space, canvases,

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.data.pixels import Pixels
     from cytodiffusion.data.transforms import Augmentation
     from cytodiffusion.evaluate.baselines import BaselineSettings
-    from cytodiffusion.release import Pixels
 
 J = TypeVar("J")  # a job
 

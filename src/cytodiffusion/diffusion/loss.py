@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-UNLABELLED = -1
+from cytodiffusion.types import UNLABELLED
 
 
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:

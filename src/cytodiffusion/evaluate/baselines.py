@@ -40,14 +40,13 @@ from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import Augmentation, augment, random_poses, unmoved
 from cytodiffusion.errors import DataError, MissingExtra, ModelError, SettingsError
 from cytodiffusion.files import write_file
-from cytodiffusion.types import Classes
+from cytodiffusion.types import UNLABELLED, Classes
 
 Kind = Literal["resnet", "convnext", "vit"]
 Held = tuple[UInt8[np.ndarray, "m 3 size size"], Int[np.ndarray, " m"]]
 
 KINDS: tuple[Kind, ...] = ("resnet", "convnext", "vit")
 SCORES = ("softmax", "energy", "mahalanobis")
-UNLABELLED = -1
 BATCH = 64  # images a pass when it is used
 WARMUP = 0.05  # share of the training over which the learning rate rises
 CLIP = 1.0  # largest norm of the gradient

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from cytodiffusion.data.images import to_tensor
 from cytodiffusion.data.transforms import augment
-from cytodiffusion.diffusion.loss import UNLABELLED, Losses, Sharpness, class_losses, edm_weight
+from cytodiffusion.diffusion.loss import Losses, Sharpness, class_losses, edm_weight
 from cytodiffusion.diffusion.noise import training_sigmas
 from cytodiffusion.diffusion.precondition import EDMDenoiser, spread
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.train.learner import Batch, Learner
 from cytodiffusion.train.settings import TrainSettings
+from cytodiffusion.types import UNLABELLED
 
 
 class CompactLearner(Learner):

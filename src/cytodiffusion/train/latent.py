@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cytodiffusion.data.images import to_tensor
 from cytodiffusion.data.transforms import augment
-from cytodiffusion.diffusion.loss import UNLABELLED, Losses, min_snr_weight
+from cytodiffusion.diffusion.loss import Losses, min_snr_weight
 from cytodiffusion.diffusion.noise import time_of_sigma
 from cytodiffusion.diffusion.precondition import VPDenoiser, clean_guess, spread
 from cytodiffusion.errors import MissingExtra
@@ -45,6 +45,7 @@ from cytodiffusion.networks.latent import (
 from cytodiffusion.networks.pretrained import read_pretrained
 from cytodiffusion.train.learner import Batch, Learner, check_names, learned
 from cytodiffusion.train.settings import LatentSettings, TrainSettings
+from cytodiffusion.types import UNLABELLED
 
 ATTENTIONS = ["to_q", "to_k", "to_v", "to_out.0"]  # the layers that LoRA changes
 CACHE = "latents.npy"
