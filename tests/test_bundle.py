@@ -401,3 +401,8 @@ def test_only_texts_can_be_replaced(tiny: Tiny, tmp_path: Path) -> None:
     flip(folder / "model.safetensors", -1)
     with pytest.raises(ChangedBundle):
         replace_texts(folder, {"card.md": "# New\n"})
+
+
+def test_a_model_is_shown_in_one_line(model: Model) -> None:
+    assert repr(model).startswith(f"<Model {model.name}: ")
+    assert len(repr(model)) < 100

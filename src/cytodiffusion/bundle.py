@@ -62,7 +62,7 @@ VECTOR_SIGMAS = (0.1, 0.5, 2.0)
 TOLERANCE = 2e-3  # relative difference allowed between two machines' errors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A loaded bundle: names image files."""
 
@@ -74,6 +74,10 @@ class Model:
     taxonomy: Taxonomy
     config: dict[str, Any]
     engine: str  # what computes the errors
+
+    def __repr__(self) -> str:
+        what = f"{len(self.classes)} classes, {self.form}, {self.preprocess.size} px, {self.engine}"
+        return f"<Model {self.name}: {what}>"
 
     @property
     def classes(self) -> Classes:
