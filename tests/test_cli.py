@@ -153,7 +153,7 @@ WRONG_EVALUATE = {
         ["{one}", "--classes", "neutrophil,neutrophil"], "A class is named twice"
     ),
     "labels outside the answers": (["{cells}", "--classes", "neutrophil"], "eosinophil, lympho"),
-    "no labels": (["{flat}"], "2 images have no label"),
+    "no labels": (["{flat}"], "have no labels to measure against"),
     "no such split": (["{cells}", "--split", "test"], "no images in the split 'test'"),
     "no split file": (["{cells}", "--splits", "{none}"], "cannot be read"),
     "no taxonomy": (["{cells}", "--taxonomy", "{none}"], "The taxonomy"),
@@ -580,7 +580,7 @@ def test_evaluate_names_the_labels_that_do_not_fit(tiny: Tiny, tmp_path: Path) -
     (source / "a-loose-one.png").write_bytes(png(disc("neutrophil", 1)))
     (source / "neutrophil").rename(source / "martian")
     told = evaluate(tiny, source, tmp_path / "out")
-    assert "1 images have no label" in told.complaint
+    assert "1 of 73 images have no label" in told.complaint
     assert ": martian." in told.complaint
 
 

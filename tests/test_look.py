@@ -227,7 +227,9 @@ def test_frames_that_look_different_are_matched_unasked(
         rows.append(pq.read_table(tmp_path / name / "predictions.parquet").to_pylist())
         if name == "auto":
             assert ("differ from those" in told.err) == (same_as != "nothing" or count < 8)
-            assert ("taken as they are. Set match to light,scale" in told.err) == (count < 8)
+            assert ("taken as they are. Set match (--match) to light,scale" in told.err) == (
+                count < 8
+            )
             assert ("Budget balanced-abroad" in told.err) == bool(twin)
     for auto, asked in zip(*rows, strict=True):
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
@@ -242,6 +244,7 @@ def test_a_folder_that_grows_is_matched_as_before(tmp_path: Path) -> None:
         path.rename(cells / f"more-{path.name}")
     told = cli("predict", cells, *words)
     assert told.code == 0, told.err
+    assert "light brought to that of training; nuclei 1.6 times as large" in told.err  # again
     after = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pylist()
     assert (len(before), len(after)) == (8, 20)
     assert [row for row in after if not row["path"].startswith("more-")] == before
@@ -251,16 +254,34 @@ def test_a_folder_that_grows_is_matched_as_before(tmp_path: Path) -> None:
 
 
 def test_who_asks_for_light_keeps_the_weights_of_home(tmp_path: Path) -> None:
-    """It is said; and run again unasked, in the same folder, they stay."""
+    """It is said; asked for otherwise, in the same folder, rows are not mixed."""
     cells, words = frames(tmp_path / "in", 8, 1.0, 0.8), ["-o", tmp_path / "out", "--device", "cpu"]
     told = cli("predict", cells, *words, "--match", "light")
     assert told.code == 0, told.err
     assert "Budget balanced has weights from home; balanced-abroad" in told.err
-    for _ in range(2):
-        assert json.loads((tmp_path / "out" / "request.json").read_text())["budget"] == "balanced"
-        again = cli("predict", cells, *words)
-        assert again.code == 0, again.err
-        assert "8 cells are already" in again.err
+    assert json.loads((tmp_path / "out" / "request.json").read_text())["budget"] == "balanced"
+    assert "8 cells are already" in cli("predict", cells, *words, "--match", "light").err
+    unasked = cli("predict", cells, *words)
+    assert unasked.code == 2
+    assert "budget (balanced; now balanced-abroad)" in unasked.err
+
+
+def test_a_glance_at_too_few_cells_is_taken_again(tmp_path: Path) -> None:
+    """What it then shows is not mixed with rows of frames as they were."""
+    cells, words = frames(tmp_path / "in", 3, 1.6, 0.8), ["-o", tmp_path / "out", "--device", "cpu"]
+    assert "taken as they are" in cli("predict", cells, *words).err
+    for file in frames(tmp_path / "more", 9, 1.6, 0.8).iterdir():
+        file.rename(cells / f"more-{file.name}")
+    again = cli("predict", cells, *words)
+    assert again.code == 2
+    assert "light brought to that of training" in again.err
+    assert "holds predictions made with another budget" in again.err
+
+
+def test_a_crop_that_was_asked_for_is_not_taken_over(tmp_path: Path) -> None:
+    cells, words = frames(tmp_path / "in", 8, 1.0, 1.0), ["-o", tmp_path / "out", "--device", "cpu"]
+    assert cli("predict", cells, *words, "--crop", "0.9").code == 0
+    assert "crop (0.9; now 0.55)" in cli("predict", cells, *words).err
 
 
 def test_what_was_matched_is_written_down(tmp_path: Path) -> None:

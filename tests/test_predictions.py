@@ -29,7 +29,7 @@ from cytodiffusion.predictions import PART, Request, Row, Table, name_cells
 
 COLUMNS = [
     "path", "sha256", "predicted", "confidence", *(f"prob_{name}" for name in CLASSES), "set",
-    "anomaly", "anomaly_p", "flag", "trials", "passes", "milliseconds", "model",
+    "anomaly", "anomaly_p", "flag", "trials", "passes", "milliseconds", "model", "problem",
 ]  # fmt: skip
 NUMBERS = {"confidence", "anomaly", "anomaly_p", "passes", "milliseconds"} | {
     f"prob_{name}" for name in CLASSES
@@ -130,7 +130,33 @@ def test_the_table(tiny: Tiny, cells: Path, tmp_path: Path) -> None:
     for row in rows:
         if row["flag"] == "unreadable":
             filled = {name for name in COLUMNS if row[name]}
-            assert filled == {"path", "sha256", "flag", "model"}
+            assert filled == {"path", "sha256", "flag", "model", "problem"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(row["problem"][:20] in page for row in rows if row["problem"])
+
+
+def test_answers_can_be_restricted(tiny: Tiny, cells: Path, tmp_path: Path) -> None:
+    name(tiny, cells, tmp_path / "out", "--classes", "lymphocyte, neutrophil")
+    read = [row for row in rows_of(tmp_path / "out") if row["flag"] != "unreadable"]
+    assert {row["predicted"] for row in read} == {"lymphocyte", "neutrophil"}
+    told = name(tiny, cells, tmp_path / "other", "--classes", "lymphocyte,blast")
+    assert "does not know the class 'blast'" in told.complaint
+    assert not (tmp_path / "other").exists()
+
+
+def test_rows_whose_request_is_lost_are_not_taken_over(
+    tiny: Tiny, cells: Path, tmp_path: Path
+) -> None:
+    name(tiny, cells, tmp_path)
+    (tmp_path / "request.json").unlink()
+    before = (tmp_path / "predictions.csv").read_bytes()
+    assert "delete " in name(tiny, cells, tmp_path, "--crop", "0.9").complaint
+    assert (tmp_path / "predictions.csv").read_bytes() == before
+
+
+def test_an_evaluation_is_not_written_over(tiny: Tiny, cells: Path, tmp_path: Path) -> None:
+    cli("evaluate", cells, "-m", tiny.bundle, "-o", tmp_path, "--device", "cpu")
+    assert "another command (evaluate; now predict)" in name(tiny, cells, tmp_path).complaint
 
 
 def test_parquet_equals_csv(tiny: Tiny, cells: Path, tmp_path: Path) -> None:

@@ -190,6 +190,18 @@ def test_unreadable_images_are_named_and_the_rest_is_done(
     assert verify(tmp_path / "b") <= 1e-5
 
 
+def test_it_is_said_what_so_few_cells_cannot_give(
+    before: Path, cells: Path, tmp_path: Path
+) -> None:
+    """98 cells or fewer: 1/99 is the smallest p-value, and the flag asks for 1 %."""
+    told = cli("models", "calibrate", cells, "-m", before, "-o", tmp_path / "b", "--device", "cpu")
+    assert told.code == 0, told.err
+    few = "no cell can be flagged anomalous; it takes 99"
+    assert few in told.err
+    assert few in (tmp_path / "b" / "card.md").read_text()
+    assert "balanced: every cell runs all trials" in told.err
+
+
 # --- refused -------------------------------------------------------------------------------------
 
 

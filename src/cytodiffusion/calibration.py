@@ -1,7 +1,7 @@
 """Held-out cells in, fitted budgets out: measure them, choose trials, fit; then again on changed cells.
 
-What other laboratories change is not known here, only how far: until the model names `NAMED` of the
-changed cells right (`_reach`). classify/fit.py has the fits.
+What other laboratories change is not known here, only how far: until the model names about `NAMED` of the
+changed cells right, judged on some of them (`_reach`). classify/fit.py has the fits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cytodiffusion.classify.calibrate import out_of_fold, scores
-from cytodiffusion.classify.classifier import ABROAD, Budget
+from cytodiffusion.classify.classifier import ABROAD, ALARM, Budget
 from cytodiffusion.classify.evidence import Meter, features_of
 from cytodiffusion.classify.fit import (
+    BUDGETS,
     Plan,
     betting_race,
     candidates,
@@ -29,6 +30,7 @@ from cytodiffusion.classify.fit import (
 )
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import BettingRace, PaperRace, paper_draws
+from cytodiffusion.classify.sequential import upper_limit
 from cytodiffusion.data.images import Preprocess, to_pixels, to_tensor
 from cytodiffusion.data.pixels import Pixels, class_index, load_pixels
 from cytodiffusion.data.sample import Sample
@@ -171,6 +173,27 @@ def calibrate(
     return Calibrated(budgets, judged, reach)
 
 
+def cautions(budgets: dict[str, Budget]) -> list[str]:
+    """What cannot be had from so few held-out cells; nothing where there are enough."""
+    found = []
+    for ending in ("", ABROAD):
+        if "full" + ending not in budgets:
+            continue
+        n = len(budgets["full" + ending].held.truth)
+        least = math.ceil(1 / ALARM) - 1
+        if n < least:
+            found.append(
+                f"full{ending}: no cell can be flagged anomalous; it takes {least}, here {n}."
+            )
+        for name, haste in BUDGETS.items():
+            if haste.allowed and upper_limit(0, n) > haste.allowed:
+                found.append(
+                    f"{name}{ending}: every cell runs all trials; {n} held-out cells are too few to "
+                    f"show that at most {haste.allowed:.1%} of the answers would differ."
+                )
+    return found
+
+
 def _sequence(
     work: Work, cells: Pixels, ending: str = ""
 ) -> Generator[int, None, dict[str, Budget]]:
@@ -184,7 +207,10 @@ def _sequence(
 
 
 def _reach(work: Work, canvases: Pixels, size: int) -> Generator[int, None, float]:
-    """How far colours must change until a share `NAMED` is named right: by bisection of its log."""
+    """How far colours must change until a share `NAMED` is named right, from 1 to `FURTHEST`.
+
+    By bisection of its log, on a part of the cells and of the noise levels.
+    """
     plan, draws = work.plan, work.every.draws
     some = replace(work.every, draws=replace(draws, trials=draws.trials[::PROBED_LEVELS]))
     few = canvases.part(race_part(canvases.labels, plan.abroad_cells // PROBE, plan.seed))

@@ -51,6 +51,8 @@ class Request:
     prior: tuple[float, ...] | None = None  # how often each class comes up; None: as in training
     answers: tuple[str, ...] | None = None  # restricts the classes that may be answered
     light: bool = False  # brings every frame to the light of the frames the model was trained on
+    command: str = ""  # that asks
+    decided: dict[str, Any] | None = None  # how light and crop came about; kept beside the rows
     batch: int = 32  # rows written at a time
     workers: int = 2
 
@@ -67,6 +69,7 @@ class Request:
         """What decides a row, apart from the image."""
         checksums = json.loads((model.folder / "checksums.json").read_text())
         return {
+            "command": self.command,
             "model": model.name,
             "weights": model.weights_sha256,
             "calibration": checksums["calibration.json"],
@@ -130,7 +133,7 @@ def _read(model: Model, request: Request, done: list[Done], digests: list[str]) 
 
 
 def _rows(loaded: list[Loaded], reading: Reading, model: Model, spent: float) -> Iterator[Row]:
-    """`spent`: milliseconds a cell that this run took, all workers together."""
+    """`spent`: milliseconds a cell that this run took, all workers together; the mean of a batch."""
     for item, answer in zip(loaded, reading.answers(), strict=True):
         chances = zip(reading.classes, answer.probabilities, strict=True)
         yield {
@@ -164,12 +167,12 @@ def columns(classes: Sequence[str]) -> list[str]:
     """Columns of the table, in order."""
     chances = [f"prob_{name}" for name in classes]
     first = ["path", "sha256", "predicted", "confidence", *chances, "set", "anomaly", "anomaly_p"]
-    return [*first, "flag", "trials", "passes", "milliseconds", "model"]
+    return [*first, "flag", "trials", "passes", "milliseconds", "model", "problem"]
 
 
 def schema(names: Sequence[str]) -> pa.Schema:
     """Column types: text, whole numbers, or float64."""
-    text = {"path", "sha256", "label", "predicted", "set", "flag", "model"}
+    text = {"path", "sha256", "label", "predicted", "set", "flag", "model", "problem"}
     types = {name: pa.string() if name in text else pa.float64() for name in names}
     return pa.schema({**types, "trials": pa.int64()})
 
@@ -180,26 +183,34 @@ class Table:
     def __init__(self, folder: Path, request: Request, model: Model) -> None:
         self.folder, self.names = folder, columns(request.answers or model.classes.names)
         self.part = folder / PART
-        self.stamp = request.fingerprint(model)
+        self.stamp, self.decided = request.fingerprint(model), request.decided
 
     def begin(self) -> dict[tuple[str, str], Row]:
         """Rows that are already there, by path and sha256. Raises OutputError for another request."""
-        stamp = self.folder / REQUEST
+        stamp, known = self.folder / REQUEST, (self.folder / REQUEST).exists()
+        if known:
+            before = read_request(self.folder)
+            before.pop("decided", None)
+            self._refuse_another(before)
         with writing_to(self.folder):
-            if stamp.exists() and (before := read_request(self.folder)) != self.stamp:
-                raise OutputError(
-                    f"{self.folder} holds predictions made with another {_apart(before, self.stamp)} (see "
-                    "request.json there). Ask for the same, choose another folder with -o, or delete that "
-                    "one."
-                )
-            with whole(stamp) as part:
-                part.write_text(json.dumps(self.stamp, indent=1) + "\n")
             _cut_torn_line(self.part)
         found = [*_read_rows(self.folder / "predictions.csv"), *_read_rows(self.part)]
+        if found and not known:
+            self._refuse_another({})
+        with writing_to(self.folder), whole(stamp) as part:
+            part.write_text(json.dumps(self.stamp | {"decided": self.decided}, indent=1) + "\n")
         return {(row["path"], row["sha256"]): row for row in found if row["flag"] != "unreadable"}
 
+    def _refuse_another(self, before: dict[str, Any]) -> None:
+        if before != self.stamp:
+            raise OutputError(
+                f"{self.folder} holds predictions made with another {_apart(before, self.stamp)} (see "
+                "request.json there). Ask for the same, choose another folder with -o, or delete "
+                f"{self.folder}."
+            )
+
     def append(self, rows: list[Row]) -> None:
-        """Add rows to the part file, on disk when this returns."""
+        """Add rows to the part file; a program killed after this loses none of them."""
         with writing_to(self.folder):
             fresh = not self.part.exists()
             with self.part.open("a", newline="", encoding="utf-8") as file:
@@ -236,7 +247,7 @@ def read_request(folder: Path) -> dict[str, Any]:
 def _apart(before: Any, now: dict[str, Any]) -> str:
     """What differs between two requests, with both values where they are short."""
     if not before:
-        return "version of this program"
+        return "request, or by another version of this program"
     told = []
     for name in dict.fromkeys([*now, *before]):
         old, new = (each.get(name, "not said") for each in (before, now))

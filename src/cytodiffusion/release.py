@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cytodiffusion import __version__
-from cytodiffusion.calibration import Calibrated
+from cytodiffusion.calibration import Calibrated, cautions
 from cytodiffusion.classify.calibrate import out_of_fold, scores
 from cytodiffusion.classify.classifier import ABROAD, Budget, RaceReader
 from cytodiffusion.classify.draws import stratified
@@ -71,7 +71,7 @@ Five-fold: weights are fitted without the cell that they name. Validation, not t
 | budget | passes | balanced accuracy | accuracy | NLL, nats |
 |---|---|---|---|---|
 {rows}
-"""
+{cautions}"""
 
 
 TWINS = """\
@@ -103,6 +103,7 @@ def make_card(
         "classes": ", ".join(classes),
         "form": form,
         "rows": rows,
+        "cautions": "".join(f"\n* {caution}" for caution in cautions(calibrated.budgets)),
     }
     shape = {"parameters": parameters / 1e6, "crop": preprocess.crop, "size": preprocess.size}
     start = origin.get("start") or origin.get("pretrained")

@@ -204,9 +204,9 @@ class Classifier:
 
         `prior`: how often each class comes up where the cells are from, any positive numbers;
         without one, as often as among the budget's calibration cells: as in training, or for the
-        races equally often. `answers`: the only classes that can come up. When to stop was decided
-        without either. Raises LabelError for a class that the model does not know, SettingsError
-        for a prior or a coverage that is none.
+        races and for other laboratories equally often. `answers`: the only classes that can come up.
+        When to stop was decided without either. Raises LabelError for a class that the model does not
+        know, SettingsError for a prior or a coverage that is none.
         """
         chosen, errors = self.budget(budget), table.errors
         ran = ~np.isnan(errors)

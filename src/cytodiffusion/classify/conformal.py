@@ -3,7 +3,8 @@
 LAC: on held-out cells the score of a cell is 1 - p(true class). With q the k-th smallest of n scores,
 k = ceil((n + 1) coverage), the set of a new cell is every class with 1 - p <= q. Over cells like the
 held-out ones it holds the true class with probability `coverage` or a little more; exactly so if the
-scores were exchangeable, while here those of held-out cells come from fits without them. A set can be
+scores were exchangeable, while here those of held-out cells come from fits without them, and the same cells
+chose the checkpoint, the trials and when to stop. A set can be
 empty where no class is plausible enough.
 
 By class: a q for each class, from its own held-out cells. Then each class is covered as often as was

@@ -8,7 +8,7 @@ answer of all trials it allows. A race needs one temperature, fitted on a part o
 it is slow.
 
 Trials, weights and what rests on them are fitted twice: on the cells as they are, and on cells whose
-colour, size and sharpness were changed, until the model names many of them wrongly (release.py). What
+colour, size and sharpness were changed, until the model names many of them wrongly (calibration.py). What
 tells classes apart at home is not what does so abroad, and no cell of the other laboratory is needed to
 see it. The budgets of the second fit have names that end in `-abroad`.
 """

@@ -22,6 +22,7 @@ from cytodiffusion.errors import SettingsError
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+    from cytodiffusion.types import Classes
 
 if TYPE_CHECKING:
     Context = typer.Context
@@ -32,7 +33,9 @@ T = TypeVar("T")
 NOTICE = "Research use only. Not a medical device; not for diagnosis."
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Decides every random number.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, help="Decides every random number, where there are any.")
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="A bundle folder, or a shipped model: see models list.")
@@ -50,6 +53,7 @@ Engine = Annotated[
     str,
     typer.Option("--engine", help="What runs the network: auto, torch, onnxruntime, openvino, ..."),
 ]
+Answers = Annotated[str | None, typer.Option("--classes", help="Restrict the answers: A,B,...")]
 Crop = Annotated[
     float | None,
     typer.Option(
@@ -80,8 +84,8 @@ Prior = Annotated[
     str,
     typer.Option(
         "--prior",
-        help="How often each class comes up where the cells are from: training, uniform, or a YAML "
-        "file of class: share.",
+        help="How often each class comes up where the cells are from: training (what the budget was fitted "
+        "with: for -abroad, race and paper all alike), uniform, or a YAML file of class: share.",
     ),
 ]
 Labels = Annotated[
@@ -206,6 +210,13 @@ def pick_device(name: str) -> str:
         usable = ", ".join(kind for kind, count in there.items() if count)
         raise SettingsError(f"There is no device '{name}' here. Usable: auto, {usable}.")
     return name if device.type == "cuda" else device.type
+
+
+def read_answers(given: str | None, classes: Classes) -> tuple[str, ...] | None:
+    """The classes that may be answered, of `A,B,...`; None for all. Raises LabelError."""
+    if not given:
+        return None
+    return tuple(classes.names[classes.index(name.strip())] for name in given.split(","))
 
 
 def read_prior(words: str, classes: Sequence[str]) -> tuple[float, ...] | None:

@@ -10,6 +10,7 @@ import typer
 
 from cytodiffusion.cli.console import (
     NOTICE,
+    Answers,
     Budget,
     Console,
     Context,
@@ -28,6 +29,7 @@ from cytodiffusion.cli.console import (
     call_of,
     cores,
     pick_device,
+    read_answers,
     read_prior,
 )
 
@@ -46,7 +48,7 @@ def evaluate(
     model: ModelName = "pbc8",
     splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split to evaluate on.")] = None,
-    classes: Annotated[str | None, typer.Option(help="Restrict the answers: A,B,...")] = None,
+    classes: Answers = None,
     budget: Budget = "balanced",
     crop: Crop = None,
     match: Match = "auto",
@@ -72,8 +74,8 @@ def evaluate(
     console = Console(json)
     loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
-    answers = tuple(name.strip() for name in classes.split(",")) if classes else None
-    names = [loaded.classes.names[loaded.classes.index(name)] for name in answers or loaded.classes]
+    answers = read_answers(classes, loaded.classes)
+    names = list(answers or loaded.classes)
     found = read_dataset(source, splits=splits, split=split)
     named = [sample for sample in found if sample.label is not None]
     labels = Taxonomy.load(taxonomy) if taxonomy else loaded.taxonomy
@@ -82,24 +84,34 @@ def evaluate(
         {str(s.label) for s, name in zip(named, resolved, strict=True) if name is None}
     )
     samples = [replace(s, label=name) for s, name in zip(named, resolved, strict=True)]
-    if len(samples) < len(found) or strange:
+    wrong = list[str]()
+    if not named:
         raise DataError(
-            f"{len(found) - len(samples)} images have no label and these labels are none of the "
-            f"answers {', '.join(names)}: {', '.join(strange) or '-'}. Leave them out, restrict the "
-            "images with --splits and --split, or say with --taxonomy which class they belong to."
+            f"The images of {source} have no labels to measure against. Put each class in a folder of its "
+            "own, or name the cells with predict."
+        )
+    if missing := len(found) - len(samples):
+        wrong.append(f"{missing} of {len(found)} images have no label.")
+    if strange:
+        wrong.append(f"No answer ({', '.join(names)}) is meant by: {', '.join(strange)}.")
+    if wrong:
+        raise DataError(
+            f"{' '.join(wrong)} Leave them out, restrict the images with --splits and --split, or say with "
+            "--taxonomy which class a label belongs to."
         )
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
     call = call_of(context)
-    light, crop, budget = matching(match, crop, budget, samples, loaded, console, out)
+    taken = matching(match, crop, budget, samples, loaded, console, out)
     request = Request(
-        budget, crop, coverage, cast("Any", sets), shares, answers, light=light, workers=cores()
-    )
+        taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
+        command="evaluate", decided=taken.kept, workers=cores(),
+    )  # fmt: skip
     rows = name_all(loaded, samples, request, out, console, labelled=True)
     metrics = None
     if any(row["flag"] != "unreadable" for row in rows):
         metrics = _metrics(rows, names, seed, _limits(loaded, request, names)) | {
-            "budget": budget,
+            "budget": taken.budget,
             "crop": request.preprocess(loaded).crop,
             "match": request.preprocess(loaded).match,
             "cells_per_second": _speed(rows),

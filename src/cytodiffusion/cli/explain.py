@@ -86,7 +86,7 @@ def explain(
     samples = [sample for path in images for sample in read_dataset(path)]
     loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
-    light, fit, budget = matching(match, crop, budget, samples, loaded, console)
+    light, fit, budget, _ = matching(match, crop, budget, samples, loaded, console)
     work = Work(
         loaded, Settings(seed=seed), _classes(loaded, against or []), budget,
         Request(crop=fit, light=light).preprocess(loaded), faithful,
@@ -369,5 +369,7 @@ def _line(row: Row) -> str:
     told += f"named so from noise level {start:g}" if start else "not named so at any noise level"
     if row["faithful"]:
         gone = ", ".join(f"{name} {area['deletion']:.1f}" for name, area in row["faithful"].items())
-        told += f"; deletion (nats, lower is better): {gone}"
+        told += (
+            f"; log-odds once the shown pixels are gone (deletion, nats; lower is better): {gone}"
+        )
     return told

@@ -125,7 +125,7 @@ def calibrate(
 
     from cytodiffusion.bundle import check_place, load, recalibrated
     from cytodiffusion.calibration import calibrate as fit
-    from cytodiffusion.calibration import calibrations, plan_of
+    from cytodiffusion.calibration import calibrations, cautions, plan_of
     from cytodiffusion.cli.train import check_counts, check_held, read_canvases
     from cytodiffusion.data.match import fit_frames
     from cytodiffusion.data.pixels import load_pixels
@@ -160,6 +160,8 @@ def calibrate(
     fitting = fit(meter, held, len(names), together, plan, threads(loaded), loaded.space, canvases)
     count = calibrations(meter, held, canvases, plan)
     calibrated = console.follow(fitting, "calibrating", count, "cells")
+    for caution in cautions(calibrated.budgets):
+        console.note(caution)
     origin = loaded.config["origin"] | {
         "calibrated_on": source.resolve().name, "calibrated_at": commit(), "val_sha256": held.sha256,
         "abroad_reach": calibrated.reach,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
 
 from cytodiffusion.cli.console import (
     NOTICE,
+    Answers,
     Budget,
     Console,
     Context,
@@ -28,11 +29,13 @@ from cytodiffusion.cli.console import (
     call_of,
     cores,
     pick_device,
+    read_answers,
     read_prior,
 )
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+    from cytodiffusion.data.match import Fit
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.predictions import Request, Row
 
@@ -42,6 +45,7 @@ def predict(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Images, in any form it reads.")],
     out: Out,
     model: ModelName = "pbc8",
+    classes: Answers = None,
     budget: Budget = "balanced",
     crop: Crop = None,
     match: Match = "auto",
@@ -65,55 +69,73 @@ def predict(
     samples = read_dataset(source)
     loaded = load(model, pick_device(device), engine)
     loaded.classifier.budget(budget)
+    answers = read_answers(classes, loaded.classes)
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
     call = call_of(context)
-    light, crop, budget = matching(match, crop, budget, samples, loaded, console, out)
+    taken = matching(match, crop, budget, samples, loaded, console, out)
     request = Request(
-        budget, crop, coverage, cast("Any", sets), shares, light=light, workers=cores()
-    )
+        taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
+        command="predict", decided=taken.kept, workers=cores(),
+    )  # fmt: skip
     rows = name_all(loaded, samples, request, out, console)
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
     shown = request.preprocess(loaded)
     finish(rows, out, console, more={"crop": shown.crop, "match": shown.match})
 
 
+class Taken(NamedTuple):
+    """What is done to the frames, and with which budget they are read."""
+
+    light: bool
+    crop: float | None
+    budget: str
+    kept: dict[str, Any]  # beside the rows: what was asked for, and what a glance then showed
+
+
 def matching(
     match: str, crop: float | None, budget: str, samples: Sequence[Sample], model: Model,
     console: Console, out: Path | None = None,
-) -> tuple[bool, float | None, str]:  # fmt: skip
+) -> Taken:  # fmt: skip
     """Whether to match the light, the crop and the budget to take; says so.
 
-    `out`: where cells were named before, what was seen to be needed then stays, though there are more now.
-    Raises SettingsError, DataError.
+    `out`: where cells were named before with the same asked for, what was clearly seen then stays, though
+    there may be more cells now. Raises SettingsError, DataError.
     """
     from cytodiffusion.data.match import fit_frames
-    from cytodiffusion.predictions import read_request
 
-    before = read_request(out) if out is not None and match == "auto" else {}
-    if before:
-        light, own = model.preprocess.match == "nothing", model.preprocess.crop
-        fitted = before.get("crop", own)
-        light = light and before.get("match") == "light"
-        crop = crop or (fitted if fitted != own else None)
-        abroad = light and before.get("budget") == model.classifier.abroad(budget)
-    else:
-        fit = fit_frames(samples, model.preprocess, match, crop)
-        if fit.told:
-            console.note(fit.told)
-        light, crop, abroad = fit.light, fit.crop, fit.abroad
+    asked = {"match": match, "crop": crop, "budget": budget}
+    fit = _kept(out, asked) or fit_frames(samples, model.preprocess, match, crop)
+    if fit.told:
+        console.note(fit.told)
     twin = model.classifier.abroad(budget)
-    if twin == budget:
-        return light, crop, budget
-    if abroad:
+    if fit.abroad and twin != budget:
         console.note(
             f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
         )
-    elif light:
+    elif fit.light and twin != budget:
         console.note(
             f"Budget {budget} has weights from home; {twin} has some for other laboratories."
         )
-    return light, crop, twin if abroad else budget
+    seen = {name: getattr(fit, name) for name in ("light", "crop", "told", "abroad", "sure")}
+    return Taken(
+        fit.light, fit.crop, twin if fit.abroad else budget, {"asked": asked, "seen": seen}
+    )
+
+
+def _kept(out: Path | None, asked: dict[str, Any]) -> Fit | None:
+    """What was seen when the same was asked for; None where it was not, or too few cells were seen."""
+    from cytodiffusion.data.match import Fit
+    from cytodiffusion.predictions import read_request
+
+    before = read_request(out).get("decided") if out is not None else None
+    if not isinstance(before, dict) or before.get("asked") != asked:
+        return None
+    try:
+        fit = Fit(**before["seen"])
+    except (KeyError, TypeError):  # not as this program writes it
+        return None
+    return fit if fit.sure else None
 
 
 def name_all(

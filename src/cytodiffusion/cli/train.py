@@ -313,7 +313,7 @@ def write_bundle(
     import torch
 
     from cytodiffusion.bundle import Parts, save_bundle
-    from cytodiffusion.calibration import calibrate, calibrations, plan_of
+    from cytodiffusion.calibration import calibrate, calibrations, cautions, plan_of
     from cytodiffusion.classify.evidence import DenoiserMeter
     from cytodiffusion.release import commit, make_card
     from cytodiffusion.types import PIXELS, Classes
@@ -334,6 +334,8 @@ def write_bundle(
         ),
         "calibrating", calibrations(meter, held, canvases, plan), "cells",
     )  # fmt: skip
+    for caution in cautions(calibrated.budgets):
+        console.note(caution)
     origin = {
         **{"recipe": "cytodiffusion train", "commit": commit(), "seed": settings.seed},
         **{"steps": run.step, "train_images": len(run.data.labels), "val_sha256": held.sha256},

@@ -26,6 +26,7 @@ class Fit(NamedTuple):
     told: str = ""  # what was found, for the reader
     look: Look | None = None  # of the frames, where something is done to them
     abroad: bool = False  # seen to be of another laboratory, by a light that is to be undone
+    sure: bool = True  # False: too few white cells were seen to tell
 
     def settled(self, preprocess: Preprocess) -> Preprocess:
         """Preprocessing that does this to every frame, and takes their scale for that of training."""
@@ -75,7 +76,7 @@ def _glance(samples: Sequence[Sample], preprocess: Preprocess, crop: float | Non
     try:
         look, seen = look_of(samples, GLANCE)
     except DataError:
-        return Fit(False, crop)  # no white cell in them
+        return Fit(False, crop, sure=False)  # no white cell in them
     told, light = [], preprocess.match == "nothing" and other_light(look, there)
     if light:
         told.append("light brought to that of training")
@@ -84,16 +85,16 @@ def _glance(samples: Sequence[Sample], preprocess: Preprocess, crop: float | Non
         fit = crop_for(preprocess.crop, look, there)
         told.append(f"nuclei {look.nucleus / there.nucleus:.1f} times as large: crop {fit}")
     if not told:
-        return Fit(False, crop)
+        return Fit(False, crop, sure=seen >= CLEAR)
     if seen < CLEAR:
         words = ",".join(["light"] * light + ["scale"] * (fit != crop))
-        words += " and the budget to balanced-abroad" * light
+        words += ", and the budget (--budget) to one that ends in -abroad," * light
         return Fit(False, crop, (
             "These frames may differ from those that the model was trained on, but white cells were found "
             f"in {seen} only of those looked at, and it takes {CLEAR} to tell: they are taken as they are. "
-            f"Set match to {words} to bring them to the look of training."
-        ))  # fmt: skip
+            f"Set match (--match) to {words} to bring them to the look of training."
+        ), sure=False)  # fmt: skip
     return Fit(light, fit, (
         f"These frames differ from those that the model was trained on: {'; '.join(told)}. "
-        "Set match to nothing to take them as they are."
+        "Set match (--match) to nothing to take them as they are."
     ), look, abroad=light)  # fmt: skip

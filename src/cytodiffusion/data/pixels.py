@@ -51,7 +51,7 @@ def load_pixels(
             images.append(item.pixels)
             labels.append(class_index(item.sample.label, classes, taxonomy))
             digests.append(item.sha256)
-        if done % 64 == 0:
+        if done % 64 == 0 or done == len(samples):
             yield done
     if not images:
         raise DataError(f"None of the {len(samples)} images could be read. Try: data check.")

@@ -7,8 +7,8 @@
     archive     zip or tar of any of these, read where it lies      (archives.py)
     one image
 
-Listing decodes nothing. A file that is no image is listed all the same and fails when it is read,
-so that it is named and not passed over in silence.
+Listing decodes nothing. A file that is no image is listed all the same and fails when it is read, so that
+it is named and not passed over in silence; what commonly lies beside images (`PAPERS`) is left alone.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ class Cell:
     anomaly_p: float | None
     conformal_set: str
     picture: str | None  # a data URI
+    problem: str  # why it was not named
 
     @property
     def alt(self) -> str:
@@ -125,7 +126,7 @@ def render(
         differential=_differential(readable, classes),
         strangers=strangers,
         gallery=_first([c for c in strangers if c.picture], GALLERY),
-        unreadable=sorted(c.path for c in cells if c.flag == "unreadable"),
+        unreadable=sorted((c for c in cells if c.flag == "unreadable"), key=lambda c: c.path),
         mistakes=mistakes,
         mistake_gallery=_first([c for c in mistakes if c.picture], MISTAKES),
         foreign=Counter(c.label for c in readable if c.label and c.label not in classes),
@@ -152,6 +153,7 @@ def _cell(row: Mapping[str, Any], thumbnails: Mapping[str, bytes]) -> Cell:
         anomaly_p=_number(row.get("anomaly_p")),
         conformal_set=str(row.get("set") or ""),
         picture=None if png is None else data_uri(png),
+        problem=str(row.get("problem") or ""),
     )
 
 
