@@ -64,8 +64,8 @@ def read_dataset(
     path = Path(path)
     if not path.exists():
         raise DataError(
-            f"There is nothing at {path}. Give a folder with a subfolder per class, a manifest, an "
-            "archive or an image."
+            f"There is nothing at {path}. Give a folder of images (with a subfolder per class, where there "
+            "are labels), a manifest, an archive or an image."
         )
     samples = _read(path, margin)
     if splits is not None:
@@ -74,8 +74,8 @@ def read_dataset(
         samples = _one_split(samples, split, path)
     if not samples:
         raise DataError(
-            f"{path} holds no images. Images end in {', '.join(sorted(IMAGES))}; put each class in "
-            "its own subfolder."
+            f"{path} holds no images. Images end in {', '.join(sorted(IMAGES))}; where there are "
+            "labels, each class is in a subfolder of its own."
         )
     return samples
 
