@@ -21,7 +21,7 @@ from torch import nn
 from cytodiffusion.classify.calibrate import out_of_fold, scores
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
-from cytodiffusion.classify.fit import race_part
+from cytodiffusion.classify.fit import balanced_subset
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import to_tensor
 from cytodiffusion.data.pixels import Pixels, class_names, load_pixels
@@ -94,7 +94,7 @@ def run_variant(root: Path, name: str, minutes: float, folder: Path) -> dict[str
     for _ in loop.train(run, report_every=5):
         if time.process_time() - began > 60 * minutes:
             break
-    rows = race_part(held.labels, 80 * len(classes), SEED)
+    rows = balanced_subset(held.labels, 80 * len(classes), SEED)
     images, truth = to_tensor(held.images[rows]), held.labels[rows]
     digests = [held.digests[i] for i in rows]
     together = settings.network.form == "heads"

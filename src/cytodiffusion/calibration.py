@@ -21,12 +21,12 @@ from cytodiffusion.classify.evidence import Meter, features_of
 from cytodiffusion.classify.fit import (
     BUDGETS,
     Plan,
+    balanced_subset,
     betting_race,
     candidates,
     choose_draws,
     fit_race,
     fit_sequence,
-    race_part,
 )
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import BettingRace, PaperRace, paper_draws
@@ -97,10 +97,10 @@ class Work:
 def calibrations(meter: Meter, pixels: Pixels, canvases: Pixels | None, plan: Plan) -> int:
     """How many cells `calibrate` measures."""
     times = 2 if features_of(meter) else 1
-    found = times * len(pixels.labels) + 2 * len(race_part(pixels.labels, plan.race_cells))
+    found = times * len(pixels.labels) + 2 * len(balanced_subset(pixels.labels, plan.race_cells))
     if canvases is None:
         return found
-    probed = len(race_part(canvases.labels, plan.abroad_cells // PROBE))
+    probed = len(balanced_subset(canvases.labels, plan.abroad_cells // PROBE))
     return found + times * len(canvases.labels) + plan.probes * probed
 
 
@@ -114,7 +114,9 @@ def load_canvases(
     """
     taxonomy = taxonomy or Taxonomy.load()
     labels = np.array([class_index(sample.label, classes, taxonomy) for sample in samples])
-    chosen = [samples[row] for row in np.sort(race_part(labels, plan.abroad_cells, plan.seed))]
+    chosen = [
+        samples[row] for row in np.sort(balanced_subset(labels, plan.abroad_cells, plan.seed))
+    ]
     margin = elsewhere(1.0).margin
     found = yield from load_pixels(chosen, classes, preprocess, margin, workers, taxonomy)
     return found if np.bincount(found.labels, minlength=len(classes)).min() > 1 else None
@@ -157,7 +159,7 @@ def calibrate(
         found = yield from _sequence(work, changed(canvases, size, reach, plan.seed), ABROAD)
         budgets |= found
 
-    rows = race_part(truth, plan.race_cells, plan.seed)
+    rows = balanced_subset(truth, plan.race_cells, plan.seed)
     races: dict[str, BettingRace | PaperRace] = {
         "race": betting_race(budgets["full"], plan),
         "paper": PaperRace(paper_draws(plan.paper_most, plan.seed)),
@@ -213,7 +215,7 @@ def _reach(work: Work, canvases: Pixels, size: int) -> Generator[int, None, floa
     """
     plan, draws = work.plan, work.every.draws
     some = replace(work.every, draws=replace(draws, trials=draws.trials[::PROBED_LEVELS]))
-    few = canvases.part(race_part(canvases.labels, plan.abroad_cells // PROBE, plan.seed))
+    few = canvases.part(balanced_subset(canvases.labels, plan.abroad_cells // PROBE, plan.seed))
     low, high = 1.0, FURTHEST
     for _ in range(plan.probes):
         middle = math.sqrt(low * high)

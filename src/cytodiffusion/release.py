@@ -15,7 +15,7 @@ from cytodiffusion.classify.calibrate import out_of_fold, scores
 from cytodiffusion.classify.classifier import ABROAD, Budget, RaceReader
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
-from cytodiffusion.classify.fit import race_part
+from cytodiffusion.classify.fit import balanced_subset
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.pixels import Pixels
@@ -34,7 +34,7 @@ def validator(
 
     On `FEW` of them where every class costs a pass. `radius`: of the disc within which errors count.
     """
-    pixels = pixels if together else pixels.part(race_part(pixels.labels, FEW))
+    pixels = pixels if together else pixels.part(balanced_subset(pixels.labels, FEW))
     draws = stratified(4, 0.05 * space.scale, 4.0 * space.scale, frozen=True)
     images = to_tensor(pixels.images)
 

@@ -113,12 +113,13 @@ def _budget_from_json(
         rules = values["race"]
         draws = paper_draws(rules["most"], rules["seed"])
         paper = PaperRace(draws, rules["least"], rules["every"], rules["alpha"])
-        return Budget(draws, RaceReader(paper.weights, rules["temperature"]), held, paper)
+        return Budget(draws, RaceReader(paper.weights, rules["temperature"]), held, policy=paper)
     if "bets" in values:
         rules = values["bets"]
         draws = Draws(tuple(Trial(*trial) for trial in rules["trials"]), rules["seed"])
         bets = BettingRace(draws, np.array(rules["weights"]), rules["sweep"], rules["alpha"])
-        return Budget(draws, RaceReader(bets.weights, rules["temperature"]), held, bets)
+        return Budget(draws, RaceReader(bets.weights, rules["temperature"]), held, policy=bets)
     draws, depths = shared[values["sequence"]]
     sequence, said = Sequence(depths, Rule(**values["rule"])), values["agreement"]
-    return Budget(draws, sequence, held, sequence, Agreement(**said) if said else None)
+    agreed = Agreement(**said) if said else None
+    return Budget(draws, sequence, held, policy=sequence, agreement=agreed)

@@ -118,7 +118,7 @@ def fit_sequence(
         told = replay(logits, strange, gates, rule)
         strangeness = anomaly[np.arange(len(truth)), told.whole - 1]
         held, reader = HeldOut(truth, told.probabilities, strangeness), Sequence(depths, rule)
-        budgets[name + ending] = Budget(draws, reader, held, reader, agreed)
+        budgets[name + ending] = Budget(draws, reader, held, policy=reader, agreement=agreed)
     return budgets
 
 
@@ -139,7 +139,9 @@ def _fit_depths(
     return tuple(depths), np.stack(logits, axis=1), np.stack(anomaly, axis=1)
 
 
-def race_part(truth: Int[np.ndarray, " n"], count: int, seed: int = 0) -> Int[np.ndarray, " m"]:
+def balanced_subset(
+    truth: Int[np.ndarray, " n"], count: int, seed: int = 0
+) -> Int[np.ndarray, " m"]:
     """About `count` cells, as many of each class as there are."""
     rng = np.random.default_rng(seed)
     each = max(2, count // len(np.unique(truth)))
@@ -179,4 +181,4 @@ def fit_race(
     for fit, held in folds(truth, judged.shape[1]):
         judged[held] = fitted(fit).probabilities(errors[held])
     best = fitted(np.arange(len(truth)))
-    return Budget(race.draws, best, HeldOut(truth, judged, best.anomaly(errors)), race)
+    return Budget(race.draws, best, HeldOut(truth, judged, best.anomaly(errors)), policy=race)

@@ -86,7 +86,7 @@ def labelled_cells(
     """
     import numpy as np
 
-    from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.classify.fit import balanced_subset
     from cytodiffusion.data.pixels import class_index
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.errors import DataError
@@ -96,7 +96,7 @@ def labelled_cells(
         raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
     names = model.classes.names
     truth = np.array([class_index(sample.label, names, model.taxonomy) for sample in found])
-    rows = np.sort(race_part(truth, limit, seed)) if limit else np.arange(len(found))
+    rows = np.sort(balanced_subset(truth, limit, seed)) if limit else np.arange(len(found))
     return [found[i] for i in rows], truth[rows].tolist()
 
 

@@ -129,12 +129,12 @@ def some(samples: Sequence[Sample], count: int | None, seed: int) -> Sequence[Sa
     """About `count` cells, as many of each class; all where it is None."""
     import numpy as np
 
-    from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.classify.fit import balanced_subset
 
     if count is None:
         return samples
     truth = np.unique([str(sample.label) for sample in samples], return_inverse=True)[1]
-    return [samples[i] for i in np.sort(race_part(truth, count, seed))]
+    return [samples[i] for i in np.sort(balanced_subset(truth, count, seed))]
 
 
 def given_to(world: World, job: Job) -> tuple[np.ndarray, np.ndarray]:

@@ -43,7 +43,7 @@ class Lab:
         """The held-out cells; about `count` of them, as many of each class, where that is given."""
         import numpy as np
 
-        from cytodiffusion.classify.fit import race_part
+        from cytodiffusion.classify.fit import balanced_subset
         from cytodiffusion.errors import DataError
 
         rows = np.array(
@@ -52,7 +52,7 @@ class Lab:
         if not len(rows):
             raise DataError(f"{self.name} has no cells in the split 'val', which are held out.")
         if count is not None:
-            rows = rows[np.sort(race_part(np.array(self.truth)[rows], count, seed))]
+            rows = rows[np.sort(balanced_subset(np.array(self.truth)[rows], count, seed))]
         chosen = rows.tolist()
         return replace(
             self,

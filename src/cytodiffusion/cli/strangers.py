@@ -128,13 +128,13 @@ def _some(
     """About `count` samples, as many of each class; all where it is None."""
     import numpy as np
 
-    from cytodiffusion.classify.fit import race_part
+    from cytodiffusion.classify.fit import balanced_subset
     from cytodiffusion.data.pixels import class_index
 
     if count is None:
         return samples
     truth = [class_index(s.label, ours.classes.names, bench.labels) for s in samples]
-    return [samples[i] for i in np.sort(race_part(np.array(truth), count, bench.seed))]
+    return [samples[i] for i in np.sort(balanced_subset(np.array(truth), count, bench.seed))]
 
 
 def _read(
