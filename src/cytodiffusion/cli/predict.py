@@ -110,9 +110,12 @@ def matching(
         console.note(fit.told)
     twin = model.classifier.abroad(budget)
     if fit.abroad and twin != budget:
-        console.note(
-            f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
-        )
+        told = f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
+        if out is not None:  # of a command that has --classes
+            told += (
+                " If you know which classes come up, say so with --classes: it then errs far less."
+            )
+        console.note(told)
     elif fit.light and twin != budget:
         console.note(
             f"Budget {budget} has weights from home; {twin} has some for other laboratories."
