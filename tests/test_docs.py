@@ -62,7 +62,7 @@ def test_readme_commands_exist():
                 assert re.search(rf"(^|[\s,]){word}\b", section), f"{name} has no {word}"
 
 
-@pytest.mark.parametrize("name", ["pbc8", "pbc8-large"])
+@pytest.mark.parametrize("name", ["pbc8", "pbc8-large", "pbc8-far"])
 def test_readme_numbers_are_those_of_the_card(name):
     """What `recipes/pbc8.py --release` copied is still there, to the letter."""
     if not (ZOO / name).exists():
