@@ -231,6 +231,7 @@ def test_frames_that_look_different_are_matched_unasked(
                 count < 8
             )
             assert ("Budget balanced-abroad" in told.err) == bool(twin)
+            assert ("say so with --classes" in told.err) == bool(twin)
     for auto, asked in zip(*rows, strict=True):
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
 

@@ -102,7 +102,7 @@ def evaluate(
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
     call = call_of(context)
-    taken = matching(match, crop, budget, samples, loaded, console, out)
+    taken = matching(match, crop, budget, samples, loaded, console, out, answers is None)
     request = Request(
         taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
         command="evaluate", decided=taken.kept, workers=cores(),

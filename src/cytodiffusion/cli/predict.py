@@ -73,7 +73,7 @@ def predict(
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
     call = call_of(context)
-    taken = matching(match, crop, budget, samples, loaded, console, out)
+    taken = matching(match, crop, budget, samples, loaded, console, out, answers is None)
     request = Request(
         taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
         command="predict", decided=taken.kept, workers=cores(),
@@ -95,12 +95,13 @@ class Taken(NamedTuple):
 
 def matching(
     match: str, crop: float | None, budget: str, samples: Sequence[Sample], model: Model,
-    console: Console, out: Path | None = None,
+    console: Console, out: Path | None = None, open_answers: bool = False,
 ) -> Taken:  # fmt: skip
     """Whether to match the light, the crop and the budget to take; says so.
 
     `out`: where cells were named before with the same asked for, what was clearly seen then stays, though
-    there may be more cells now. Raises SettingsError, DataError.
+    there may be more cells now. `open_answers`: all classes may come up, and --classes could restrict
+    them. Raises SettingsError, DataError.
     """
     from cytodiffusion.data.match import fit_frames
 
@@ -111,7 +112,7 @@ def matching(
     twin = model.classifier.abroad(budget)
     if fit.abroad and twin != budget:
         told = f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
-        if out is not None:  # of a command that has --classes
+        if open_answers:
             told += (
                 " If you know which classes come up, say so with --classes: it then errs far less."
             )
