@@ -220,7 +220,9 @@ def test_frames_that_look_different_are_matched_unasked(
 ) -> None:
     cells = frames(tmp_path / "in", count, scale, light)
     rows = []
-    twin = ["--budget", "balanced-abroad"] * ("light" in same_as)  # not for another scale alone
+    twin = ["--budget", "balanced-abroad", "-m", "pbc8-far"] * (
+        "light" in same_as
+    )  # not for scale alone
     for name, more in (("auto", []), ("asked", ["--match", same_as, *twin])):
         told = cli("predict", cells, "-o", tmp_path / name, "--device", "cpu", *words, *more)
         assert told.code == 0, told.err
@@ -231,6 +233,7 @@ def test_frames_that_look_different_are_matched_unasked(
                 count < 8
             )
             assert ("Budget balanced-abroad" in told.err) == bool(twin)
+            assert ("Model pbc8-far in place of pbc8" in told.err) == bool(twin)
             assert ("say so with --classes" in told.err) == bool(twin)
     for auto, asked in zip(*rows, strict=True):
         assert auto | {"milliseconds": 0} == asked | {"milliseconds": 0}
@@ -264,7 +267,17 @@ def test_who_asks_for_light_keeps_the_weights_of_home(tmp_path: Path) -> None:
     assert "8 cells are already" in cli("predict", cells, *words, "--match", "light").err
     unasked = cli("predict", cells, *words)
     assert unasked.code == 2
-    assert "budget (balanced; now balanced-abroad)" in unasked.err
+    assert "model (pbc8; now pbc8-far)" in unasked.err
+
+
+def test_a_model_that_was_asked_for_stays(tmp_path: Path) -> None:
+    """In another light too, where pbc8-far is taken unasked; its twin is the model's own."""
+    cells, out = frames(tmp_path / "in", 8, 1.0, 0.8), tmp_path / "out"
+    told = cli("predict", cells, "-m", "pbc8", "-o", out, "--device", "cpu")
+    assert told.code == 0, told.err
+    assert "pbc8-far" not in told.err
+    request = json.loads((out / "request.json").read_text())
+    assert (request["model"], request["budget"]) == ("pbc8", "balanced-abroad")
 
 
 def test_a_glance_at_too_few_cells_is_taken_again(tmp_path: Path) -> None:
@@ -276,7 +289,7 @@ def test_a_glance_at_too_few_cells_is_taken_again(tmp_path: Path) -> None:
     again = cli("predict", cells, *words)
     assert again.code == 2
     assert "light brought to that of training" in again.err
-    assert "holds predictions made with another budget" in again.err
+    assert "holds predictions made with another model (pbc8; now pbc8-far)" in again.err
 
 
 def test_a_crop_that_was_asked_for_is_not_taken_over(tmp_path: Path) -> None:
@@ -291,6 +304,7 @@ def test_what_was_matched_is_written_down(tmp_path: Path) -> None:
     assert told.code == 0, told.err
     assert told.json["crop"] == pytest.approx(0.88, rel=0.06)
     assert (told.json["match"], told.json["budget"]) == ("light", "balanced-abroad")
+    assert told.json["model"] == "pbc8-far"
 
 
 def test_in_python_frames_are_matched_as_by_the_command(tmp_path: Path) -> None:
@@ -315,7 +329,7 @@ def test_the_report_gives_the_whole_call(tmp_path: Path) -> None:
     words = ["--crop", 0.7, "--sets", "class", "--device", "cpu"]
     assert cli("predict", cells, "-o", tmp_path / "out", *words).code == 0
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
-    assert f"cytodiffusion predict '{cells}' --out {tmp_path / 'out'} --model pbc8" in page
+    assert f"cytodiffusion predict '{cells}' --out {tmp_path / 'out'} " in page
     assert "--crop 0.7" in page
     assert "--sets class" in page
 
@@ -384,10 +398,11 @@ def test_matching_is_said_and_kept(data_root: Path, tmp_path: Path) -> None:
     for i, sample in enumerate(real(data_root / "raabin", 2)):
         decode(sample.read()).save(tmp_path / "in" / f"{i}.png")
     words = ["predict", tmp_path / "in", "-o", tmp_path / "out", "--device", "cpu"]
-    told = cli(*words, "--match", "light,scale", "--budget", "balanced-abroad")
+    far = ["--match", "light,scale", "--budget", "balanced-abroad", "-m", "pbc8-far"]
+    told = cli(*words, *far)
     assert told.code == 0, told.err
     assert "match scale: crop 0." in told.err
-    again = cli(*words, "--match", "nothing")
+    again = cli(*words, "--match", "nothing", "-m", "pbc8-far")
     assert again.code == 2
     assert "light" in again.complaint
     auto = cli(*words)  # goes on as before

@@ -57,6 +57,7 @@ CHECKSUMS = "checksums.json"
 ZOO = Path(__file__).parent / "zoo"
 DEMO = ZOO.parent / "demo"
 DEFAULT_MODEL = "pbc8"
+ABROAD_MODEL = "pbc8-far"  # in its place, for frames of other laboratories
 VAE = "vae."  # before the names of an autoencoder's weights
 VECTOR_SIGMAS = (0.1, 0.5, 2.0)
 TOLERANCE = 2e-3  # relative difference allowed between two machines' errors
@@ -125,7 +126,8 @@ class Model:
 
         `crop` and `match` as in `fit_frames`. Eight or more white cells show whether frames are those of
         another laboratory; what is then done to them is told in a warning, and the budget's twin is taken
-        (`Classifier.abroad`). Raises UnreadableImage, SettingsError, DataError.
+        (`Classifier.abroad`). The command reads such frames with pbc8-far unless it is given a model: load
+        that one here. Raises UnreadableImage, SettingsError, DataError.
         """
         samples = [Sample(Path(path).name, None, source=FileBytes(Path(path))) for path in paths]
         if not samples:

@@ -40,6 +40,15 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")
 ModelName = Annotated[
     str, typer.Option("--model", "-m", help="A bundle folder, or a shipped model: see models list.")
 ]
+ModelOrAuto = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="As in models list, or a bundle folder. Without it pbc8, or pbc8-far where the frames are "
+        "clearly of another laboratory.",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
 Budget = Annotated[
     str,

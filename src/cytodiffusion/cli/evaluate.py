@@ -21,7 +21,7 @@ from cytodiffusion.cli.console import (
     Json,
     Labels,
     Match,
-    ModelName,
+    ModelOrAuto,
     Out,
     Prior,
     Seed,
@@ -45,7 +45,7 @@ def evaluate(
     context: Context,
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Out,
-    model: ModelName = "pbc8",
+    model: ModelOrAuto = None,
     splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
     split: Annotated[str | None, typer.Option(help="Which split to evaluate on.")] = None,
     classes: Answers = None,
@@ -62,8 +62,9 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure MODEL on the labelled cells of DIR: metrics.json, predictions and report.html."""
-    from cytodiffusion.bundle import load
-    from cytodiffusion.cli.predict import finish, matching, name_all, report
+    from cytodiffusion.bundle import DEFAULT_MODEL, load
+    from cytodiffusion.cli.frames import Asked, take
+    from cytodiffusion.cli.predict import finish, name_all, report
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
@@ -72,7 +73,7 @@ def evaluate(
     from cytodiffusion.release import commit
 
     console = Console(json)
-    loaded = load(model, pick_device(device), engine)
+    loaded = load(model or DEFAULT_MODEL, pick_device(device), engine)
     loaded.classifier.budget(budget)
     answers = read_answers(classes, loaded.classes)
     names = list(answers or loaded.classes)
@@ -102,7 +103,9 @@ def evaluate(
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
     call = call_of(context)
-    taken = matching(match, crop, budget, samples, loaded, console, out, answers is None)
+    asked = Asked(match, crop, budget, model)
+    taken = take(asked, loaded, samples, console, out, open_answers=answers is None)
+    loaded = taken.model
     request = Request(
         taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
         command="evaluate", decided=taken.kept, workers=cores(),

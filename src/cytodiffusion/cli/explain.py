@@ -20,7 +20,7 @@ from cytodiffusion.cli.console import (
     Engine,
     Json,
     Match,
-    ModelName,
+    ModelOrAuto,
     Out,
     Seed,
     call_of,
@@ -48,7 +48,7 @@ def explain(
         list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of them.")
     ],
     out: Out,
-    model: ModelName = "pbc8",
+    model: ModelOrAuto = None,
     against: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,20 +76,21 @@ def explain(
     For each cell and class a PNG, an SVG and the arrays as NPZ; OUT/report.html has them all. Run again,
     cells that were explained in the same way are not explained anew.
     """
-    from cytodiffusion.bundle import load
-    from cytodiffusion.cli.predict import matching
+    from cytodiffusion.bundle import DEFAULT_MODEL, load
+    from cytodiffusion.cli.frames import Asked, take
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.explain.counterfactual import Settings
     from cytodiffusion.predictions import Request
 
     console = Console(json)
     samples = [sample for path in images for sample in read_dataset(path)]
-    loaded = load(model, pick_device(device), engine)
+    loaded = load(model or DEFAULT_MODEL, pick_device(device), engine)
     loaded.classifier.budget(budget)
-    light, fit, budget, _ = matching(match, crop, budget, samples, loaded, console)
+    taken = take(Asked(match, crop, budget, model), loaded, samples, console)
+    loaded = taken.model
     work = Work(
-        loaded, Settings(seed=seed), _classes(loaded, against or []), budget,
-        Request(crop=fit, light=light).preprocess(loaded), faithful,
+        loaded, Settings(seed=seed), _classes(loaded, against or []), taken.budget,
+        Request(crop=taken.crop, light=taken.light).preprocess(loaded), faithful,
     )  # fmt: skip
     console.note(NOTICE)
     rows = _run(work, samples, out, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -21,7 +21,7 @@ from cytodiffusion.cli.console import (
     Engine,
     Json,
     Match,
-    ModelName,
+    ModelOrAuto,
     Out,
     Prior,
     Seed,
@@ -35,7 +35,6 @@ from cytodiffusion.cli.console import (
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
-    from cytodiffusion.data.match import Fit
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.predictions import Request, Row
 
@@ -44,7 +43,7 @@ def predict(
     context: Context,
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Images, in any form it reads.")],
     out: Out,
-    model: ModelName = "pbc8",
+    model: ModelOrAuto = None,
     classes: Answers = None,
     budget: Budget = "balanced",
     crop: Crop = None,
@@ -61,19 +60,22 @@ def predict(
 
     Run again with the same OUT, it goes on where it stopped.
     """
-    from cytodiffusion.bundle import load
+    from cytodiffusion.bundle import DEFAULT_MODEL, load
+    from cytodiffusion.cli.frames import Asked, take
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.predictions import Request
 
     console = Console(json)
     samples = read_dataset(source)
-    loaded = load(model, pick_device(device), engine)
+    loaded = load(model or DEFAULT_MODEL, pick_device(device), engine)
     loaded.classifier.budget(budget)
     answers = read_answers(classes, loaded.classes)
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
     call = call_of(context)
-    taken = matching(match, crop, budget, samples, loaded, console, out, answers is None)
+    asked = Asked(match, crop, budget, model)
+    taken = take(asked, loaded, samples, console, out, open_answers=answers is None)
+    loaded = taken.model
     request = Request(
         taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
         command="predict", decided=taken.kept, workers=cores(),
@@ -82,64 +84,6 @@ def predict(
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")
     shown = request.preprocess(loaded)
     finish(rows, out, console, more={"crop": shown.crop, "match": shown.match})
-
-
-class Taken(NamedTuple):
-    """What is done to the frames, and with which budget they are read."""
-
-    light: bool
-    crop: float | None
-    budget: str
-    kept: dict[str, Any]  # beside the rows: what was asked for, and what a glance then showed
-
-
-def matching(
-    match: str, crop: float | None, budget: str, samples: Sequence[Sample], model: Model,
-    console: Console, out: Path | None = None, open_answers: bool = False,
-) -> Taken:  # fmt: skip
-    """Whether to match the light, the crop and the budget to take; says so.
-
-    `out`: where cells were named before with the same asked for, what was clearly seen then stays, though
-    there may be more cells now. `open_answers`: all classes may come up, and --classes could restrict
-    them. Raises SettingsError, DataError.
-    """
-    from cytodiffusion.data.match import fit_frames
-
-    asked = {"match": match, "crop": crop, "budget": budget}
-    fit = _kept(out, asked) or fit_frames(samples, model.preprocess, match, crop)
-    if fit.told:
-        console.note(fit.told)
-    twin = model.classifier.abroad(budget)
-    if fit.abroad and twin != budget:
-        told = f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
-        if open_answers:
-            told += (
-                " If you know which classes come up, say so with --classes: it then errs far less."
-            )
-        console.note(told)
-    elif fit.light and twin != budget:
-        console.note(
-            f"Budget {budget} has weights from home; {twin} has some for other laboratories."
-        )
-    seen = {name: getattr(fit, name) for name in ("light", "crop", "told", "abroad", "sure")}
-    return Taken(
-        fit.light, fit.crop, twin if fit.abroad else budget, {"asked": asked, "seen": seen}
-    )
-
-
-def _kept(out: Path | None, asked: dict[str, Any]) -> Fit | None:
-    """What was seen when the same was asked for; None where it was not, or too few cells were seen."""
-    from cytodiffusion.data.match import Fit
-    from cytodiffusion.predictions import read_request
-
-    before = read_request(out).get("decided") if out is not None else None
-    if not isinstance(before, dict) or before.get("asked") != asked:
-        return None
-    try:
-        fit = Fit(**before["seen"])
-    except (KeyError, TypeError):  # not as this program writes it
-        return None
-    return fit if fit.sure else None
 
 
 def name_all(
