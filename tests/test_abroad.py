@@ -16,7 +16,9 @@ from torch import Tensor
 from cytodiffusion import calibration
 from cytodiffusion.bundle import load
 from cytodiffusion.calibration import calibrate, changed, elsewhere, load_canvases
-from cytodiffusion.classify.fit import Plan
+from cytodiffusion.classify.classifier import Budget
+from cytodiffusion.classify.draws import stratified
+from cytodiffusion.classify.fit import Plan, Seen, fit_sequence
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.data.images import Preprocess
 from cytodiffusion.data.pixels import Pixels
@@ -172,3 +174,31 @@ def test_they_stand_beside_those_of_home(tmp_path_factory: pytest.TempPathFactor
     assert len(set(np.bincount(held.truth))) == 1
     assert (held.probabilities[:3] != found.budget("full").held.probabilities[:3]).any()
     assert len(found.budget("full-abroad").draws) == len(found.budget("full").draws)
+
+
+def measured(rng: np.random.Generator, truth: np.ndarray, spread: float) -> Seen:
+    """Errors (n, 3 trials, 2 classes and "any cell") of a world where images vary by `spread`."""
+    own = np.eye(3)[truth] * [1, 1, 0]
+    level = rng.normal(0, spread, (len(truth), 3, 1)) + rng.normal(0, 0.05, (len(truth), 3, 3))
+    return Seen(np.exp(level - 0.3 * own[:, None]).astype(np.float32))
+
+
+def test_strangeness_is_told_from_what_changed_less() -> None:
+    """Weights come from cells that vary much; next to those that vary little the others are strange."""
+    rng, truth = np.random.default_rng(3), np.arange(400) % 2
+    draws = stratified(3, 0.1, 2.0, seed=3, frozen=True)
+    far, near = (measured(rng, truth, spread) for spread in (1.0, 0.1))
+    plain, told = fit_sequence(draws, far, truth), fit_sequence(draws, far, truth, normal=near)
+
+    def flagged(budgets: dict[str, Budget], spread: float) -> float:
+        """Of new cells, at a false-alarm rate of 5 %."""
+        budget = budgets["full"]
+        errors = measured(rng, np.arange(2000) % 2, spread).errors
+        return float((budget.held.p_value(budget.reader.anomaly(errors)) <= 0.05).mean())
+
+    assert flagged(plain, 1.0) == pytest.approx(0.05, abs=0.03)
+    assert flagged(told, 0.1) == pytest.approx(0.05, abs=0.03)
+    assert flagged(told, 1.0) > 0.8
+    weights = [each["full"].reader.depths[-1].posterior.weight for each in (plain, told)]
+    np.testing.assert_array_equal(*weights)
+    np.testing.assert_array_equal(*(each["full"].held.probabilities for each in (plain, told)))

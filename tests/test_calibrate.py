@@ -29,7 +29,7 @@ from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
 from cytodiffusion.classify.conformal import lac_sets, threshold, thresholds
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
-from cytodiffusion.classify.fit import fit_race, fit_sequence, spread
+from cytodiffusion.classify.fit import Seen, fit_race, fit_sequence, spread
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.race import PaperRace, paper_draws
 from cytodiffusion.data.transforms import POSES
@@ -385,7 +385,7 @@ def test_the_temperature_of_the_race_is_the_best_there_is():
 
 def test_a_saved_calibration_gives_the_same_answers():
     errors, truth, probabilities = table(200, 1)
-    budgets = fit_sequence(stratified(4, 0.1, 2.0, seed=3, frozen=True), errors, truth)
+    budgets = fit_sequence(stratified(4, 0.1, 2.0, seed=3, frozen=True), Seen(errors), truth)
     budget, draws = budgets["balanced"], paper_draws(30, seed=5)
     held = HeldOut(truth, probabilities, np.random.default_rng(1).random(200))
     rules = PaperRace(draws, least=8, alpha=0.01)

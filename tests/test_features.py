@@ -26,7 +26,7 @@ from cytodiffusion.classify.calibrate import folds
 from cytodiffusion.classify.classifier import Budget, Classifier
 from cytodiffusion.classify.draws import Draws, stratified
 from cytodiffusion.classify.evidence import DenoiserMeter, LookingMeter, features_of
-from cytodiffusion.classify.fit import Plan, candidates, choose_draws, fit_race, fit_sequence
+from cytodiffusion.classify.fit import Plan, Seen, candidates, choose_draws, fit_race, fit_sequence
 from cytodiffusion.classify.measure import POOL, Done, Measurement
 from cytodiffusion.classify.race import PaperRace, paper_draws
 from cytodiffusion.classify.sequential import Rule, Sequence
@@ -360,7 +360,7 @@ def classifier() -> Classifier:
     meter, poses = DenoiserMeter(world), (POSES[0],) * 8
     work = Measurement(SEQUENCE, K + 1, poses)
     errors, features = work.look(meter, drawn, digests)
-    budgets = fit_sequence(SEQUENCE, errors, truth, features=features)
+    budgets = fit_sequence(SEQUENCE, Seen(errors, features), truth)
     race = PaperRace(paper_draws(22))
     few = slice(0, 60)
     raced = Measurement(race.draws, K + 1, poses, race).measure(meter, drawn[few], digests[few])
@@ -510,7 +510,7 @@ def test_calibration_takes_the_features_of_the_first_trial_that_a_cell_will_run(
             break
     assert counts == list(range(1, calibration.calibrations(meter, held, None, plan) + 1))
     assert len(counts) == 18 * (2 if form == "heads" else 1) + 2 * 6
-    ((draws, errors, _, _, features, _),) = given
+    ((draws, (errors, features), *_),) = given
     shown = torch.from_numpy(pixels).float() / 127.5 - 1
     live = Measurement(draws, K + 1, POSES, together=form == "heads")
     wanted, seen = live.look(meter, shown, names(18))

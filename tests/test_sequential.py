@@ -8,7 +8,7 @@ from scipy.special import softmax
 
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
-from cytodiffusion.classify.fit import fit_sequence
+from cytodiffusion.classify.fit import Seen, fit_sequence
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.classify.sequential import (
     NEVER,
@@ -193,7 +193,7 @@ def measured(
 @pytest.fixture(scope="module")
 def budgets():
     images, truth, names = cells(400, 2)
-    return fit_sequence(DRAWS, measured(images, names), truth)
+    return fit_sequence(DRAWS, Seen(measured(images, names)), truth)
 
 
 def test_stopping_early_disagrees_no_more_than_allowed(budgets):
@@ -255,7 +255,7 @@ def test_held_out_cells_are_judged_without_themselves(budgets):
 def apart():
     """The same trials where every class costs a pass."""
     images, truth, names = cells(400, 2)
-    return fit_sequence(DRAWS, measured(images, names), truth, apart=True)
+    return fit_sequence(DRAWS, Seen(measured(images, names)), truth, apart=True)
 
 
 def test_classes_that_have_left_cost_nothing(apart, budgets):

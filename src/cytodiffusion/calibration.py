@@ -1,7 +1,8 @@
 """Held-out cells in, fitted budgets out: measure them, choose trials, fit; then again on changed cells.
 
 What other laboratories change is not known here, only how far: until the model names about `NAMED` of the
-changed cells right, judged on some of them (`_reach`). classify/fit.py has the fits.
+changed cells right, judged on some of them (`_reach`). What is strange there is told from cells whose
+colours were changed as usual. classify/fit.py has the fits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cytodiffusion.classify.evidence import Meter, features_of
 from cytodiffusion.classify.fit import (
     BUDGETS,
     Plan,
+    Seen,
     balanced_subset,
     betting_race,
     candidates,
@@ -101,7 +103,7 @@ def calibrations(meter: Meter, pixels: Pixels, canvases: Pixels | None, plan: Pl
     if canvases is None:
         return found
     probed = len(balanced_subset(canvases.labels, plan.abroad_cells // PROBE))
-    return found + times * len(canvases.labels) + plan.probes * probed
+    return found + (times + 1) * len(canvases.labels) + plan.probes * probed
 
 
 def load_canvases(
@@ -156,7 +158,8 @@ def calibrate(
     if canvases is not None:
         size = pixels.images.shape[-1]
         reach = yield from _reach(work, canvases, size)
-        found = yield from _sequence(work, changed(canvases, size, reach, plan.seed), ABROAD)
+        far, near = (changed(canvases, size, each, plan.seed) for each in (reach, 1.0))
+        found = yield from _sequence(work, far, ABROAD, near)
         budgets |= found
 
     rows = balanced_subset(truth, plan.race_cells, plan.seed)
@@ -197,15 +200,21 @@ def cautions(budgets: dict[str, Budget]) -> list[str]:
 
 
 def _sequence(
-    work: Work, cells: Pixels, ending: str = ""
+    work: Work, cells: Pixels, ending: str = "", normal: Pixels | None = None
 ) -> Generator[int, None, dict[str, Budget]]:
-    """Measure the candidate trials, choose among them, and fit the budgets of this ending."""
+    """Measure the candidate trials, choose among them, and fit the budgets of this ending.
+
+    `normal`: the same cells, changed less, from which strangeness is told.
+    """
     truth, every = cells.labels, work.every
     errors, features = yield from work.measured(cells, every)
     draws, order = choose_draws(errors, truth, work.plan)
     if features.shape[1]:  # those of the first trial that a cell will run
         _, features = yield from work.measured(cells, replace(every, draws=draws.first(1)))
-    return fit_sequence(draws, errors[:, order], truth, not every.together, features, ending)
+    seen, near = Seen(errors[:, order], features), None
+    if normal is not None:
+        near = Seen(*(yield from work.measured(normal, replace(every, draws=draws))))
+    return fit_sequence(draws, seen, truth, not every.together, ending, near)
 
 
 def _reach(work: Work, canvases: Pixels, size: int) -> Generator[int, None, float]:

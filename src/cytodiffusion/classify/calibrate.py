@@ -114,12 +114,16 @@ def out_of_fold(
 
 
 def out_of_fold_logits(
-    errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"], seed: int = 0
-) -> Float[np.ndarray, "m k"]:
-    """Logits of each cell, in nats, from weights fitted without it."""
-    logits = np.zeros((len(truth), errors.shape[2]))
+    errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"], seed: int = 0,
+    shown: Float[np.ndarray, "m t k"] | None = None,
+) -> Float[np.ndarray, "m k"]:  # fmt: skip
+    """Logits of each cell, in nats, from weights fitted without it.
+
+    `shown`: other errors of the same cells, which are read in their place.
+    """
+    logits, read = np.zeros((len(truth), errors.shape[2])), errors if shown is None else shown
     for fit, held in folds(truth, errors.shape[2], seed):
-        logits[held] = fit_prefix(errors[fit], truth[fit]).logits(errors[held])
+        logits[held] = fit_prefix(errors[fit], truth[fit]).logits(read[held])
     return logits
 
 

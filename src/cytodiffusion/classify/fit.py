@@ -10,12 +10,15 @@ it is slow.
 Trials, weights and what rests on them are fitted twice: on the cells as they are, and on cells whose
 colour, size and sharpness were changed, until the model names many of them wrongly (calibration.py). What
 tells classes apart at home is not what does so abroad, and no cell of the other laboratory is needed to
-see it. The budgets of the second fit have names that end in `-abroad`.
+see it. What is strange is told there from cells whose colours were changed no further than usual: what
+another laboratory shows is nearer to those, and next to the others nothing looks strange (docs/log.md 50).
+The budgets of the second fit have names that end in `-abroad`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -99,16 +102,23 @@ def spread(chosen: list[int], sigmas: Float[np.ndarray, " t"], count: int) -> li
     return order
 
 
+class Seen(NamedTuple):
+    """Errors of held-out cells in the trials of a sequence, and the features of the first."""
+
+    errors: Float[np.ndarray, "n t k1"]
+    features: Float[np.ndarray, "n f"] | None = None
+
+
 def fit_sequence(
-    draws: Draws, errors: Float[np.ndarray, "n t k1"], truth: Int[np.ndarray, " n"],
-    apart: bool = False, features: Float[np.ndarray, "n f"] | None = None, ending: str = "",
+    draws: Draws, seen: Seen, truth: Int[np.ndarray, " n"], apart: bool = False, ending: str = "",
+    normal: Seen | None = None,
 ) -> dict[str, Budget]:  # fmt: skip
     """`fast`, `balanced` and `full`, each with this `ending`, which run these trials in this order.
 
-    `apart`: every class costs a pass of its own, so that classes leave one by one. `features`: of the
-    first trial. Held-out cells are judged by fits without them.
+    `apart`: every class costs a pass of its own, so that classes leave one by one. `normal`: the same
+    cells, changed less, from which strangeness is told. Held-out cells are judged by fits without them.
     """
-    depths, logits, anomaly = _fit_depths(errors, truth, features)
+    depths, logits, plain, anomaly = _fit_depths(seen, normal or seen, truth)
     gates = tuple(depth.gate for depth in depths)
     strange = anomaly > np.array([depth.anomalies.limit for depth in depths])
     budgets = {}
@@ -116,27 +126,38 @@ def fit_sequence(
         rule = Rule(apart=apart, cautious=haste.cautious)
         rule, agreed = learn_threshold(logits, strange, gates, rule, haste.allowed)
         told = replay(logits, strange, gates, rule)
-        strangeness = anomaly[np.arange(len(truth)), told.whole - 1]
+        ended = replay(plain, strange, gates, rule).whole
+        strangeness = anomaly[np.arange(len(truth)), ended - 1]
         held, reader = HeldOut(truth, told.probabilities, strangeness), Sequence(depths, rule)
         budgets[name + ending] = Budget(draws, reader, held, policy=reader, agreement=agreed)
     return budgets
 
 
-def _fit_depths(
-    errors: Float[np.ndarray, "n t k1"],
-    truth: Int[np.ndarray, " n"],
-    features: Float[np.ndarray, "n f"] | None,
-) -> tuple[tuple[Depth, ...], Float[np.ndarray, "n t k"], Float[np.ndarray, "n t"]]:
-    """How the first 1, 2, ... trials are read; logits and anomaly of each cell by fits without it."""
-    prefixes = [errors[:, : n + 1] for n in range(errors.shape[1])]
-    logits = [out_of_fold_logits(part[:, :, :-1], truth) for part in prefixes]
-    full, depths, anomaly = logits[-1].argmax(1), [], []
-    for part, told in zip(prefixes, logits, strict=True):
-        strangers, scores = fit_anomaly(part, truth, softmax(told, axis=1), features)
+class Fitted(NamedTuple):
+    """How the first 1, 2, ... trials are read, and what is said of each cell by fits without it."""
+
+    depths: tuple[Depth, ...]
+    logits: Float[np.ndarray, "n t k"]
+    normal_logits: Float[np.ndarray, "n t k"]
+    anomaly: Float[np.ndarray, "n t"]  # of the normal ones
+
+
+def _fit_depths(seen: Seen, normal: Seen, truth: Int[np.ndarray, " n"]) -> Fitted:
+    prefixes = [
+        (seen.errors[:, :n], normal.errors[:, :n]) for n in range(1, len(seen.errors[0]) + 1)
+    ]
+    logits = [out_of_fold_logits(part[:, :, :-1], truth) for part, _ in prefixes]
+    full, depths, plain, anomaly = logits[-1].argmax(1), [], [], []
+    for (part, near), told in zip(prefixes, logits, strict=True):
+        same = normal is seen
+        plain.append(
+            told if same else out_of_fold_logits(part[:, :, :-1], truth, shown=near[:, :, :-1])
+        )
+        strangers, scores = fit_anomaly(near, truth, softmax(plain[-1], axis=1), normal.features)
         gate = fit_gate(told, told.argmax(1) == full)
         depths.append(Depth(fit_prefix(part[:, :, :-1], truth), gate, strangers))
         anomaly.append(scores)
-    return tuple(depths), np.stack(logits, axis=1), np.stack(anomaly, axis=1)
+    return Fitted(tuple(depths), *(np.stack(each, axis=1) for each in (logits, plain, anomaly)))
 
 
 def balanced_subset(
