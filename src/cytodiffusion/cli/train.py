@@ -246,11 +246,11 @@ def encode_views(run: Run, console: Console) -> None:
 def first_weights(start: str, classes: Sequence[str]) -> dict[str, Tensor]:
     """Weights of a run (its running mean) or of a bundle, named as in training.
 
-    What belongs to classes is left out where the classes are others. Raises ModelError.
+    What belongs to classes is matched by their names (`for_classes`). Raises ModelError.
     """
     from cytodiffusion.bundle import find_bundle, read_weights
     from cytodiffusion.errors import ModelError
-    from cytodiffusion.networks.compact import OF_CLASSES
+    from cytodiffusion.networks.compact import for_classes
     from cytodiffusion.train.checkpoint import latest_checkpoint, load_checkpoint
 
     checkpoint = latest_checkpoint(Path(start) / "checkpoint")
@@ -260,15 +260,12 @@ def first_weights(start: str, classes: Sequence[str]) -> dict[str, Tensor]:
     else:
         plain, known = read_weights(find_bundle(start))
         found = {f"denoiser.network.{name}": value for name, value in plain.items()}
-    if list(known) == list(classes):
-        return found
-    if any(name.startswith("unet.") for name in found):
+    if list(known) != list(classes) and any(name.startswith("unet.") for name in found):
         raise ModelError(
             f"{start} was fine-tuned for other classes ({', '.join(known)}), which its attentions hold "
             "apart. Begin with the model that it began with: --set latent.start=..."
         )
-    others = tuple(f"denoiser.network.{part}." for part in OF_CLASSES)
-    return {name: value for name, value in found.items() if not name.startswith(others)}
+    return for_classes(found, known, classes)
 
 
 def latent_facts(run: Run, held: Pixels) -> dict[str, Any]:

@@ -14,6 +14,7 @@ that the trunk need not carry them. Label K, one past the classes, means "any ce
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Form = Literal["heads", "conditional"]
-OF_CLASSES = ("change", "label")  # parts of the network that belong to certain classes
 
 
 class CompactSettings(BaseModel):
@@ -288,3 +288,28 @@ class CompactNetwork(nn.Module):
 
     def _pixels(self, folded: Tensor) -> Tensor:
         return functional.pixel_shuffle(folded, self.settings.unshuffle)
+
+
+def for_classes(
+    weights: Mapping[str, Tensor], known: Sequence[str], wanted: Sequence[str]
+) -> dict[str, Tensor]:
+    """Weights for other classes, or another order of them, matched by name.
+
+    A class that is not known begins as "any cell", with no change of its own yet. Where none is known,
+    what belongs to classes is left out.
+    """
+    rows = [list(known).index(name) if name in known else None for name in wanted]
+    found = {}
+    for name, value in weights.items():
+        heads, labels = "change." in name, "label." in name
+        if not heads and not labels:
+            found[name] = value
+        elif any(row is not None for row in rows):
+            parts = value.chunk(len(known) if heads else len(known) + 1)
+            new = (
+                parts[-1] if labels else parts[0]
+            )  # of another class, but what comes of it is nothing
+            new = torch.zeros_like(new) if "change.out." in name else new
+            chosen = [new if row is None else parts[row] for row in rows]
+            found[name] = torch.cat([*chosen, parts[-1]] if labels else chosen)
+    return found
