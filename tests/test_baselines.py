@@ -198,7 +198,7 @@ def test_a_pseudo_label_must_be_confident() -> None:
         settings = STEPS.model_copy(update={"pseudo": True, "threshold": threshold})
         work = Training(torch.from_numpy(canvases), torch.from_numpy(labels).long(), CLASSES,
                         PREPROCESS, AUGMENTATION, settings, "cpu")  # fmt: skip
-        network = make_network(settings, 3, 16)
+        network = make_network(settings, CLASSES, 16)
         losses.append(work._pseudo(network, np.arange(12), torch.Generator()).item())
     assert losses[0] == 0
     assert 0.3 < losses[1] < 3
@@ -223,17 +223,17 @@ def test_a_class_without_images() -> None:
 def test_a_missing_library_names_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtra, match=r"pip install 'cytodiffusion\[baselines\]'"):
-        make_network(STEPS, 3, 16)
+        make_network(STEPS, CLASSES, 16)
 
 
 def test_a_vit_needs_whole_patches() -> None:
     with pytest.raises(SettingsError, match="multiple of 8 px, not 20"):
-        make_network(STEPS.model_copy(update={"kind": "vit"}), 3, 20)
+        make_network(STEPS.model_copy(update={"kind": "vit"}), CLASSES, 20)
 
 
 def test_no_torchvision() -> None:
     for kind in KINDS:
-        make_network(STEPS.model_copy(update={"kind": kind}), 3, 16)
+        make_network(STEPS.model_copy(update={"kind": kind}), CLASSES, 16)
     assert "torchvision" not in sys.modules
 
 
@@ -250,15 +250,28 @@ def test_weights_of_the_user(tmp_path: Path) -> None:
     trunk.save_pretrained(tmp_path)
     settings = STEPS.model_copy(update={"weights": tmp_path})
     with pytest.raises(ModelError, match="preprocessor_config"):
-        make_network(settings, 3, 16)
+        make_network(settings, CLASSES, 16)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     (tmp_path / "preprocessor_config.json").write_text(
         f'{{"image_mean": {mean}, "image_std": {std}}}'
     )
-    network = make_network(settings, 3, 16).eval()
+    network = make_network(settings, CLASSES, 16).eval()
     light = torch.rand(2, 3, 16, 16)
     scaled = (light - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(network.features(2 * light - 1),
                                trunk.eval()(scaled).pooler_output.flatten(1))  # fmt: skip
     with pytest.raises(ModelError, match="needs config"):
-        make_network(settings.model_copy(update={"weights": tmp_path / "nowhere"}), 3, 16)
+        make_network(settings.model_copy(update={"weights": tmp_path / "nowhere"}), CLASSES, 16)
+
+
+def test_a_baseline_begins_with_another(trained: Baseline, tmp_path: Path) -> None:
+    """Before it learns it says the same of the classes that both know, whatever their order."""
+    trained.save(tmp_path)
+    settings = STEPS.model_copy(update={"weights": tmp_path})
+    images = to_tensor(discs(2, first=90)[0])[:, :, 4:20, 4:20]
+    wanted = (CLASSES[2], "blast", CLASSES[0])
+    with torch.inference_mode():
+        told = make_network(settings, wanted, 16).eval()(images).numpy()
+    np.testing.assert_allclose(told[:, [0, 2]], trained.logits(images)[:, [2, 0]], atol=1e-5)
+    with pytest.raises(SettingsError, match="has a resnet; a vit cannot begin with it"):
+        make_network(settings.model_copy(update={"kind": "vit"}), wanted, 16)

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import CLASSES, cli, contents, write_discs
+from helpers import CLASSES, cli, contents, tiny_model, write_discs
 from scipy.special import softmax
 from scipy.stats import ttest_1samp
 
 from cytodiffusion.cli import few
+from cytodiffusion.cli.benches import percent
 from cytodiffusion.cli.console import Console
 from cytodiffusion.cli.few import Job, World
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.errors import DataError
-from cytodiffusion.evaluate.baselines import SHAPES
+from cytodiffusion.evaluate.baselines import SHAPES, BaselineSettings, train_baseline
 from cytodiffusion.evaluate.low_data import (
     Method,
     check_counts,
@@ -237,6 +238,29 @@ def test_run_again_only_what_is_new_is_trained(
     assert [r for r in more.json["rows"] if r["labels"] == 2] == old
 
 
+def test_both_begin_with_what_was_trained_elsewhere(
+    cells: Path, world: World, small: None, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of the classes that are asked for alone, and at the scale of the model."""
+    about = BaselineSettings(kind="resnet", steps=2, batch=4, learning_rates=(1e-3,))
+    training = train_baseline(world.train.images, world.train.labels, CLASSES,
+                              world.settings.preprocess, world.settings.augmentation, about)  # fmt: skip
+    begun, out = world.out / "begun", world.out / "out"
+    Console(False).follow(percent(training), "training", 100, "%").save(begun)
+    model = tiny_model(tmp_path_factory.getbasetemp()).bundle
+    said = cli("bench", "low-data", cells, "-o", out, "--preset=tiny", "--steps=4", "--device=cpu",
+               "--labels=2", "--repeats=1", "--jobs=1", "--from", model, "--baselines=resnet",
+               "--baseline-from", begun, "--classes=neutrophil,lymphocyte", "--share=0.4",
+               "--json")  # fmt: skip
+    assert said.code == 0, said.err
+    assert set(said.json["test_cells"]) == {"neutrophil", "lymphocyte"}
+    assert said.json["baselines_begun_with"] == {"resnet": "begun"}
+    assert "training without labels" not in said.err
+    assert [row["method"] for row in said.json["rows"]] == [
+        "ours", "ours + unlabelled", "resnet", "resnet + unlabelled",
+    ]  # fmt: skip
+
+
 def test_two_at_a_time_say_what_one_does(cells: Path, out: Path, tmp_path: Path) -> None:
     said = cli("bench", "low-data", cells, "-o", tmp_path, *SMALL, "--no-unlabelled",
                "--baselines", "none", "--jobs", 2)  # fmt: skip
@@ -268,6 +292,9 @@ def test_an_unreadable_image_is_named(cells: Path, tmp_path: Path) -> None:
         (["--split", "train"], "trained on"),
         (["--set", "network.form=conditional"], "form=heads"),
         (["--splits", "nowhere.csv"], "nowhere.csv"),
+        (["--from", "nothing"], "no model 'nothing'"),
+        (["--baseline-from", "."], "has no trained baseline"),
+        (["--classes", "neutrophil,blast"], "has no cell of: blast"),
     ],
     ids=str,
 )

@@ -17,8 +17,10 @@ from torch import nn
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.measure import Measurement
-from cytodiffusion.cli.train import first_weights
+from cytodiffusion.cli.console import Console
+from cytodiffusion.cli.train import at_scale_of, first_weights
 from cytodiffusion.data.images import Preprocess, to_tensor
+from cytodiffusion.data.look import Look
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.errors import ModelError, OutputError, SettingsError
 from cytodiffusion.train import loop
@@ -40,7 +42,12 @@ from cytodiffusion.train.loop import (
     train,
 )
 from cytodiffusion.train.record import read_metrics, record
-from cytodiffusion.train.settings import NetworkSettings, TrainSettings, load_settings
+from cytodiffusion.train.settings import (
+    NetworkSettings,
+    TrainSettings,
+    dump_settings,
+    load_settings,
+)
 from cytodiffusion.types import UNLABELLED
 
 CLASSES = ("red", "green", "blue")
@@ -478,6 +485,37 @@ def test_only_the_trunk_is_taken_where_the_classes_are_others(tmp_path):
     assert network.stem.weight.equal(mean["denoiser.network.stem.weight"])
     assert not network.change.out.weight.any()  # begins at zero
     assert mean["denoiser.network.change.out.weight"].any()
+
+
+def test_a_run_says_at_first_what_another_said_of_the_classes_that_both_know(tmp_path):
+    """Another order, one class less, and a new one: it begins as "any cell"."""
+    first, names = finished(tmp_path / "a"), cells().classes
+    wanted = (names[2], "blast", names[0])
+    data = replace(cells(), labels=np.arange(len(cells().labels)) % 3, classes=wanted)
+    start = first_weights(str(tmp_path / "a"), wanted)
+    second = Run(tmp_path / "b", settings(steps=2), data, "cpu", start)
+    noisy, sigma = torch.randn(2, 3, 16, 16), torch.full((2,), 0.5)
+
+    def guesses(run: Run, labels: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return run.denoiser("ema")(noisy, sigma, torch.tensor([labels, labels]))
+
+    old = guesses(first, [2, len(names), 0, len(names)])
+    assert (old[:, 0] - old[:, 1]).abs().max() > 0
+    torch.testing.assert_close(guesses(second, [0, 1, 2, 3]), old)
+    list(train(second))
+
+
+def test_cells_are_shown_as_large_as_those_of_the_run_that_is_begun_with(tmp_path):
+    small, large = (Look(nucleus=n, cell=0.4) for n in (0.2, 0.4))
+    there = settings(preprocess=Preprocess(size=16, crop=0.5, look=small))
+    (tmp_path / "settings.yaml").write_text(dump_settings(there))
+    here = settings(preprocess=Preprocess(size=16, look=large))
+    start, console = str(tmp_path), Console(False)
+    assert at_scale_of(start, here, [], console).preprocess.crop == 1.0
+    assert at_scale_of(start, here, ["preprocess.crop=0.7"], console) == here
+    same = settings(preprocess=Preprocess(size=16, look=small))
+    assert at_scale_of(start, same, [], console).preprocess.crop == 0.5
 
 
 def test_a_class_conditional_run_begins_with_the_trunk_of_one_with_heads(tmp_path):

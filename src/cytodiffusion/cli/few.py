@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ class World:
     seed: int
     first_steps: int  # of ours on the unlabelled cells alone; 0: none
     device: str
+    start: str | None = None  # model that ours begins with
+    pretrained: dict[str, Path] = field(
+        default_factory=dict
+    )  # baselines that those of a kind begin with
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,45 @@ def settings_of(preset: str, changes: Sequence[str]) -> TrainSettings:
     return settings
 
 
+def start_digest(start: str) -> str:
+    """sha256 of the weights of a model, as released. Raises ModelError."""
+    import json
+
+    from cytodiffusion.bundle import CHECKSUMS, find_bundle
+
+    return str(json.loads((find_bundle(start) / CHECKSUMS).read_text())["model.safetensors"])
+
+
+def find_pretrained(folders: Sequence[Path]) -> dict[str, Path]:
+    """Trained baselines by their kind. Raises DataError for a folder that has none."""
+    import json
+
+    from cytodiffusion.errors import DataError
+
+    found = {}
+    for folder in folders:
+        try:
+            about = json.loads((folder / "baseline.json").read_text())
+            found[str(about["settings"]["kind"])] = folder.resolve()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder} has no trained baseline ({error}). Give a folder of OUT/baselines, as bench "
+                "shift and bench anomaly write them."
+            ) from error
+    return found
+
+
 # --- cells ---------------------------------------------------------------------------------------
 
 
 def list_cells(
-    source: Path, splits: Path | None, split: str, seed: int, labels: Taxonomy
-) -> tuple[list[Sample], list[Sample]]:
+    source: Path, splits: Path | None, split: str, seed: int, labels: Taxonomy,
+    share: float = 0.2, classes: Sequence[str] | None = None,
+) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
     """Samples to train on (some without labels) and labelled ones to test on.
 
-    A set without splits is dealt, four to one. Raises DataError, SettingsError.
+    Of a set without splits, `share` is tested on. `classes`: the only ones that take part. Raises
+    DataError, SettingsError.
     """
     from cytodiffusion.data.check import check
     from cytodiffusion.data.readers import read_dataset
@@ -95,9 +129,14 @@ def list_cells(
         raise SettingsError("The cells of `train` are trained on. Give another split to test on.")
     samples = labels.respell(read_dataset(source, splits=splits))
     known = [sample for sample in samples if sample.label is not None]
+    if classes:
+        named = {sample.label: labels.resolve(str(sample.label), classes) for sample in known}
+        known = [replace(s, label=named[s.label]) for s in known if named[s.label] is not None]
+        if none := set(classes) - set(named.values()):
+            raise DataError(f"{source} has no cell of: {', '.join(sorted(none))}.")
     if known and all(sample.split is None for sample in known):
         same = check(known, pixels=False).duplicate_groups()
-        dealt = deal(known, {"train": 0.8, split: 0.2}, seed=seed, duplicates=same)
+        dealt = deal(known, {"train": 1 - share, split: share}, seed=seed, duplicates=same)
         side = {row.name: row.split for row in dealt}
         known = [replace(sample, split=side[sample.name]) for sample in known]
     train, test = ([s for s in known if s.split == name] for name in ("train", split))
@@ -161,7 +200,8 @@ def place(world: World, job: Job) -> Path:
     rows, labels = given_to(world, job)
     cells = [(world.train.digests[i], int(k)) for i, k in zip(rows, labels, strict=True)]
     first = first_settings(world) if job.method.rest and world.first_steps else None
-    own = (world.settings, first, draws()) if job.method.kind == OURS else _baseline(world, job)
+    ours = (world.settings, first, draws(), world.start and start_digest(world.start))
+    own = ours if job.method.kind == OURS else _baseline(world, job)
     light = (world.settings.preprocess, world.settings.augmentation, world.classes)
     about = (job.repeat, world.seed, own, light, cells, world.test.sha256)
     name = f"{job.count}-{job.repeat}-{str(job.method).replace(' + ', '-')}-{digest_of(about)}"
@@ -192,7 +232,8 @@ def _train_ours(world: World, job: Job, folder: Path) -> Told:
     canvases = world.train.images if job.method.rest else world.train.images[rows]
     first = first_folder(world) if job.method.rest and world.first_steps else None
     settings = world.settings.model_copy(update={"seed": world.seed + job.repeat})
-    start = first_weights(str(first), world.classes) if first else None
+    begin = str(first) if first else world.start
+    start = first_weights(begin, world.classes) if begin else None
     run = Run(folder, settings, TrainingSet(canvases, labels, world.classes), world.device, start)
     for _ in fit(run):
         pass
@@ -249,9 +290,11 @@ def _ask(run: Run, cells: Pixels) -> np.ndarray:
 def _baseline(world: World, job: Job) -> Any:
     from cytodiffusion.evaluate.baselines import BaselineSettings
 
+    begun = world.pretrained.get(job.method.kind)
+    slower = {"weights": begun, "learning_rates": (1e-4, 3e-4, 1e-3)} if begun else {}
     return BaselineSettings(
         kind=job.method.kind, minutes=job.minutes, balance=world.settings.balance,
-        pseudo=job.method.rest, seed=world.seed + job.repeat,
+        pseudo=job.method.rest, seed=world.seed + job.repeat, **slower,
     )  # fmt: skip
 
 

@@ -67,8 +67,24 @@ def low_data(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting of it.")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="MODEL",
+            help="Ours begins with its weights, in place of a first stage.",
+        ),
+    ] = None,
+    baseline_from: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A trained baseline that those of its kind begin with."),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="The only ones to take part: A,B,...")] = None,
     splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
     split: Annotated[str, typer.Option(help="Which split to test on.")] = "test",
+    share: Annotated[
+        float, typer.Option(min=0.05, max=0.95, help="Of a set without splits that is tested on.")
+    ] = 0.2,
     limit: Annotated[
         int | None, typer.Option(min=2, help="About this many cells of it, as many of each class.")
     ] = 400,
@@ -89,12 +105,15 @@ def low_data(
     """
     from cytodiffusion.cli.few import (
         World,
+        find_pretrained,
         list_cells,
         read_cells,
         settings_of,
         some,
+        start_digest,
         train_first,
     )
+    from cytodiffusion.cli.train import at_scale_of, with_look
     from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.low_data import OURS, Method, check_counts, gains, render, summary
@@ -106,18 +125,36 @@ def low_data(
     )  # a baseline sets one aside to choose its learning rate by
     kinds = find_kinds(baselines)
     settings = settings_of(preset, [*([f"steps={steps}"] if steps else []), *(change or [])])
-    train, test = list_cells(source, splits, split, seed, names)
-    classes = class_names(train, names)
+    if start is not None:
+        start_digest(start)  # what can be wrong is said before anything is written
+        first_steps = 0
+    pretrained = find_pretrained(baseline_from or [])
+    only = [name.strip() for name in classes.split(",")] if classes else None
+    train, test = list_cells(source, splits, split, seed, names, share, only)
+    if start is not None:
+        settings = at_scale_of(start, with_look(settings, train, console), change or [], console)
+    answers = class_names(train, names)
     known = [str(sample.label) for sample in train if sample.label is not None]
     check_counts(known, counts)
     console.note(NOTICE)
 
     margin = settings.augmentation.margin
-    cells = read_cells(train, "train", classes, settings.preprocess, margin, names, console)
-    shown = some([s for s in test if s.label in classes], limit, seed)
-    asked = read_cells(shown, split, classes, settings.preprocess, 1.0, names, console)
-    check_counts([classes[k] for k in cells.labels if k >= 0], counts)
-    world = World(out, settings, classes, cells, asked, seed, first_steps * unlabelled, where)
+    cells = read_cells(train, "train", answers, settings.preprocess, margin, names, console)
+    shown = some([s for s in test if s.label in answers], limit, seed)
+    asked = read_cells(shown, split, answers, settings.preprocess, 1.0, names, console)
+    check_counts([answers[k] for k in cells.labels if k >= 0], counts)
+    world = World(
+        out,
+        settings,
+        answers,
+        cells,
+        asked,
+        seed,
+        first_steps * unlabelled,
+        where,
+        start,
+        pretrained,
+    )
     if world.first_steps:
         train_first(world, console)
     kept = [Method(OURS, rest) for rest in (False, True)[: 1 + unlabelled]]
@@ -182,6 +219,7 @@ def _origin(world: World) -> dict[str, Any]:
         "test_cells": dict(sorted(tested.items())), "test_sha256": world.test.sha256[:12],
         "labels_of_other_cells": "none used",
         "seconds_on_unlabelled_cells_alone": first,  # and counted again in each training
+        "begun_with": world.start, "baselines_begun_with": {k: p.name for k, p in world.pretrained.items()},
         "device": world.device, "cores": cores(), "commit": commit(),
     }  # fmt: skip
 

@@ -32,7 +32,10 @@ def train(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Labelled images.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")],
     preset: Annotated[
-        str, typer.Option(help="tiny, cpu, cpu-far, gpu, gpu-large or paper-...")
+        str,
+        typer.Option(
+            help="tiny, cpu, cpu-far, fine-tune (with --from), gpu, gpu-large or paper-..."
+        ),
     ] = "cpu",
     splits: Annotated[
         Path | None, typer.Option(help="CSV with path,label,split; else one is made.")
@@ -66,6 +69,8 @@ def train(
     console.note(NOTICE)
     parts = split_samples(source, splits, out, settings.seed, labels, console)
     settings = with_look(settings, parts["train"], console)
+    if start:
+        settings = at_scale_of(start, settings, changes, console)
     run, held = run_training(parts, out, settings, device, labels, console, start)
     if run is not None:
         told = [f"latent.start={_source(c.partition('=')[2])}" if c.startswith("latent.start=") else c
@@ -101,6 +106,34 @@ def with_look(
         return settings
     preprocess = settings.preprocess.model_copy(update={"look": look})
     return settings.model_copy(update={"preprocess": preprocess})
+
+
+def at_scale_of(
+    start: str, settings: TrainSettings, changes: Sequence[str], console: Console
+) -> TrainSettings:
+    """Settings with the crop that shows cells as large as those that `start` was trained on.
+
+    A crop among the `changes` stays.
+    """
+    from cytodiffusion.bundle import find_bundle
+    from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.data.look import crop_for, larger_cells
+    from cytodiffusion.train.settings import load_settings
+
+    if any(change.strip().startswith("preprocess.crop") for change in changes):
+        return settings
+    run, here = Path(start) / "settings.yaml", settings.preprocess
+    if run.exists():
+        there = load_settings(run).preprocess
+    else:
+        path = find_bundle(start) / "preprocess.json"
+        there = Preprocess.model_validate_json(path.read_text())
+    crop = there.crop
+    if larger_cells(here.look, there.look):
+        crop = crop_for(crop, here.look, there.look)
+        times = here.look.nucleus / there.look.nucleus
+        console.note(f"Nuclei are {times:.1f} times as large as those {start} knows: crop {crop}.")
+    return settings.model_copy(update={"preprocess": here.model_copy(update={"crop": crop})})
 
 
 def split_samples(

@@ -1,9 +1,9 @@
 """Discriminative baselines: what the same images give a network that only has to name them.
 
 A ResNet, a ConvNeXt or a ViT for small images, from transformers, not pretrained unless a local folder
-of weights is given. It sees the augmented images that a diffusion model sees, and no others, for a
-number of steps or for a time on the processor. `Baseline` has the methods of our `Classifier`. Its scores
-of strangeness, with logits z and features f (higher is stranger):
+of weights is given: another baseline's, or transformers'. It sees the augmented images that a diffusion
+model sees, and no others, for a number of steps or for a time on the processor. `Baseline` has the
+methods of our `Classifier`. Its scores of strangeness, with logits z and features f (higher is stranger):
 
     softmax       -ln max_k p_k
     energy        -ln sum_k exp z_k
@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -84,7 +84,9 @@ class BaselineSettings(BaseModel):
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
     pseudo: bool = Field(False, description="learn from unlabelled images by pseudo-labels")
     threshold: float = Field(0.95, ge=0, lt=1, description="least confidence of a pseudo-label")
-    weights: Path | None = Field(None, description="local folder of pretrained weights")
+    weights: Path | None = Field(
+        None, description="pretrained: a baseline, or transformers' folder"
+    )
     seed: int = Field(0, ge=0, description="decides every random number")
 
     @model_validator(mode="after")
@@ -155,7 +157,7 @@ def _trunk(kind: Kind, config: dict[str, Any]) -> nn.Module:
     return models.ViTModel(models.ViTConfig(**config), add_pooling_layer=False)
 
 
-def make_network(settings: BaselineSettings, classes: int, size: int) -> Network:
+def make_network(settings: BaselineSettings, classes: Sequence[str], size: int) -> Network:
     """The network before training. Raises SettingsError, ModelError, MissingExtra."""
     shape = dict(SHAPES[settings.kind])
     if settings.kind == "vit" and settings.weights is None:
@@ -167,8 +169,25 @@ def make_network(settings: BaselineSettings, classes: int, size: int) -> Network
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         if settings.weights is None:
-            return Network(settings.kind, _trunk(settings.kind, shape), classes)
-        return _pretrained(settings.kind, settings.weights, classes)
+            return Network(settings.kind, _trunk(settings.kind, shape), len(classes))
+        if (settings.weights / "baseline.json").is_file():
+            return _of_another(settings.kind, settings.weights, classes)
+        return _pretrained(settings.kind, settings.weights, len(classes))
+
+
+def _of_another(kind: Kind, folder: Path, classes: Sequence[str]) -> Network:
+    """The network of a trained baseline; what it says of classes is matched by their names."""
+    begun = Baseline.load(folder)
+    if begun.network.kind != kind:
+        raise SettingsError(f"{folder} has a {begun.network.kind}; a {kind} cannot begin with it.")
+    network = Network(kind, begun.network.trunk, len(classes))
+    with torch.no_grad():
+        for row, name in enumerate(classes):
+            if name in begun.classes.names:
+                known = begun.classes.index(name)
+                network.head.weight[row] = begun.network.head.weight[known]
+                network.head.bias[row] = begun.network.head.bias[known]
+    return network
 
 
 def _pretrained(kind: Kind, folder: Path, classes: int) -> Network:
@@ -319,7 +338,7 @@ class Training:
         self, rate: float, share: float, rows: Int[np.ndarray, " m"]
     ) -> Generator[Progress, None, Network]:
         """Train a network on these rows for a share of the training, from its first weights."""
-        network = make_network(self.settings, len(self.classes), self.preprocess.size)
+        network = make_network(self.settings, self.classes, self.preprocess.size)
         network.to(self.device).train()
         decay = self.settings.weight_decay
         optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay)

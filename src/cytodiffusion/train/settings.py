@@ -137,6 +137,12 @@ FAR_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.35, "light": 0.08, "far": 0.5, "blur": 0.3, "noise": 0.2,
 }  # fmt: skip
 
+# For a few labelled cells, begun with a released model (train --from): minutes (docs/log.md 51).
+FINE_TUNE: dict[str, Any] = {
+    "steps": 200, "warmup": 20, "cooldown": 0.5, "learning_rate": 3e-4, "ema": 0.97, "balance": 1.0,
+    "classification": 10.0, "sigma_mean": -1.0, "sigma_std": 1.4, "augmentation": FAR_AUGMENTATION,
+}  # fmt: skip
+
 # About the steps of the two runs of recipes/pbc8.py (docs/log.md 40).
 GPU: dict[str, Any] = {
     "steps": 6_000, "batch": 256, "precision": "bf16", "ema": 0.9995,
@@ -153,6 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "cpu": {},
     "cpu-far": {"augmentation": FAR_AUGMENTATION},
+    "fine-tune": FINE_TUNE,
     "gpu": GPU,
     "gpu-large": GPU | {"preprocess": {"size": 96}, "augmentation": WIDE_AUGMENTATION},
     "paper-in-domain": PAPER | {"steps": 72_000, "batch": 64},
