@@ -77,7 +77,8 @@ Five-fold: weights are fitted without the cell that they name. Validation, not t
 TWINS = """\
 Budgets that end in
 `-abroad` are for frames of another laboratory: they are fitted and judged on cells of the same split whose
-colour, size and sharpness were changed, colours {reach:.1f} times as far as usual in training."""
+colour, size and sharpness were changed, colours {reach:.1f} times as far as usual in training. What is
+strange there is told from the same cells with colours changed as usual."""
 POSED = """\
 | turning latents | differs from encoding the turned cell by {pose_error} of their standard deviation |
 """

@@ -48,10 +48,10 @@ def take(
     there may be more cells now. `open_answers`: all classes may come up, and --classes could restrict
     them. Raises SettingsError, DataError.
     """
-    from cytodiffusion.bundle import ABROAD_MODEL, load
+    from cytodiffusion.bundle import ABROAD_MODEL, load, shipped
 
     fit, named = _fit(asked, model, samples, out), model.name
-    if fit.abroad and asked.model is None:
+    if fit.abroad and asked.model is None and ABROAD_MODEL in shipped():
         model = load(ABROAD_MODEL, model.classifier.device, model.engine)
         fit = _fit(asked, model, samples, out)
     twin = model.classifier.abroad(asked.budget)

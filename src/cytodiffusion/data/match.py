@@ -84,6 +84,8 @@ def _glance(samples: Sequence[Sample], preprocess: Preprocess, crop: float | Non
     if crop is None and not preprocess.each and larger_cells(look, there):
         fit = crop_for(preprocess.crop, look, there)
         told.append(f"nuclei {look.nucleus / there.nucleus:.1f} times as large: crop {fit}")
+        if fit > 1:
+            told.append("they are tighter than what it sees, and what lies beyond them is made up")
     if not told:
         return Fit(False, crop, sure=seen >= CLEAR)
     if seen < CLEAR:
