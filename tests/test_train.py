@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from cytodiffusion.bundle import ZOO
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.cli.console import Console
-from cytodiffusion.cli.train import at_scale_of, first_weights
+from cytodiffusion.cli.train import at_scale_of, first_weights, settings_from
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.look import Look
 from cytodiffusion.data.transforms import POSES
@@ -516,6 +517,30 @@ def test_cells_are_shown_as_large_as_those_of_the_run_that_is_begun_with(tmp_pat
     assert at_scale_of(start, here, ["preprocess.crop=0.7"], console) == here
     same = settings(preprocess=Preprocess(size=16, look=small))
     assert at_scale_of(start, same, [], console).preprocess.crop == 0.5
+
+
+def test_fine_tuning_takes_the_shape_of_what_it_begins_with(tmp_path):
+    there = settings(network={"width": 24}, preprocess=Preprocess(size=32))
+    (tmp_path / "settings.yaml").write_text(dump_settings(there))
+    found = settings_from("fine-tune", ["steps=7", "network.dropout=0"], str(tmp_path))
+    assert found.network == there.network.model_copy(update={"dropout": 0.0})
+    assert (found.preprocess.size, found.steps, found.learning_rate) == (32, 7, 3e-4)
+    with pytest.raises(SettingsError, match="--from pbc8-far"):
+        settings_from("fine-tune", [], None)
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in ZOO.glob("*/config.json")])
+def test_every_released_model_can_be_fine_tuned(name, tmp_path):
+    """The network that its settings make takes all of its weights."""
+    found = settings_from("fine-tune", [], name)
+    start = first_weights(name, ("basophil", "blast", "neutrophil"))
+    images = np.zeros((3, 3, 2 * found.preprocess.size, 2 * found.preprocess.size), np.uint8)
+    data = TrainingSet(images, np.arange(3), ("basophil", "blast", "neutrophil"))
+    learner = Run(tmp_path, found, data, "cpu", start).learner
+    network = learner.denoiser.network.state_dict()
+    assert all(
+        value.equal(start[f"denoiser.network.{name}"].float()) for name, value in network.items()
+    )
 
 
 def test_a_class_conditional_run_begins_with_the_trunk_of_one_with_heads(tmp_path):

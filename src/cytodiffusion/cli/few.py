@@ -69,12 +69,13 @@ class Job:
         return f"{self.count} labels, repeat {self.repeat}, {self.method}"
 
 
-def settings_of(preset: str, changes: Sequence[str]) -> TrainSettings:
-    """Settings of ours. Raises SettingsError."""
+def settings_of(preset: str, changes: Sequence[str], start: str | None = None) -> TrainSettings:
+    """Settings of ours, which may begin with a model. Raises SettingsError, ModelError."""
+    from cytodiffusion.cli.train import settings_from
     from cytodiffusion.errors import SettingsError
-    from cytodiffusion.train.settings import make_settings
 
-    settings = make_settings(preset, [*(SHORT if preset == "cpu" else ()), *changes])
+    short = SHORT if preset == "cpu" and start is None else ()
+    settings = settings_from(preset, [*short, *changes], start)
     if not settings.together:
         raise SettingsError("This bench trains a network with a head for each class: form=heads.")
     return settings

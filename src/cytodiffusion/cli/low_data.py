@@ -124,7 +124,7 @@ def low_data(
         labels, least=2
     )  # a baseline sets one aside to choose its learning rate by
     kinds = find_kinds(baselines)
-    settings = settings_of(preset, [*([f"steps={steps}"] if steps else []), *(change or [])])
+    settings = settings_of(preset, [*([f"steps={steps}"] if steps else []), *(change or [])], start)
     if start is not None:
         start_digest(start)  # what can be wrong is said before anything is written
         first_steps = 0

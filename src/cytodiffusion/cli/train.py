@@ -59,10 +59,9 @@ def train(
     Killed and run again, it goes on from its last checkpoint and ends with the same weights.
     """
     from cytodiffusion.data.taxonomy import Taxonomy
-    from cytodiffusion.train.settings import make_settings
 
     changes = [*(change or []), *([f"seed={seed}"] if seed is not None else [])]
-    settings = make_settings(preset, changes)
+    settings = settings_from(preset, changes, start)
     device = device if device == "auto" else pick_device(device)
     labels = Taxonomy.load(taxonomy)
     console = Console(json)
@@ -108,6 +107,23 @@ def with_look(
     return settings.model_copy(update={"preprocess": preprocess})
 
 
+def settings_from(preset: str, changes: Sequence[str], start: str | None) -> TrainSettings:
+    """Settings of a preset; fine-tune takes the shape of the network from what it begins with.
+
+    Raises SettingsError, ModelError.
+    """
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.train.settings import make_settings
+
+    if preset != "fine-tune":
+        return make_settings(preset, [*changes])
+    if start is None:
+        raise SettingsError("The preset fine-tune begins with a model. Give one: --from pbc8-far.")
+    shape, there = begun_with(start)
+    taken = [f"network.{name}={value}" for name, value in shape.items()]
+    return make_settings(preset, [*taken, f"preprocess.size={there.size}", *changes])
+
+
 def at_scale_of(
     start: str, settings: TrainSettings, changes: Sequence[str], console: Console
 ) -> TrainSettings:
@@ -115,25 +131,35 @@ def at_scale_of(
 
     A crop among the `changes` stays.
     """
-    from cytodiffusion.bundle import find_bundle
-    from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.look import crop_for, larger_cells
-    from cytodiffusion.train.settings import load_settings
 
     if any(change.strip().startswith("preprocess.crop") for change in changes):
         return settings
-    run, here = Path(start) / "settings.yaml", settings.preprocess
-    if run.exists():
-        there = load_settings(run).preprocess
-    else:
-        path = find_bundle(start) / "preprocess.json"
-        there = Preprocess.model_validate_json(path.read_text())
+    there, here = begun_with(start)[1], settings.preprocess
     crop = there.crop
     if larger_cells(here.look, there.look):
         crop = crop_for(crop, here.look, there.look)
         times = here.look.nucleus / there.look.nucleus
         console.note(f"Nuclei are {times:.1f} times as large as those {start} knows: crop {crop}.")
     return settings.model_copy(update={"preprocess": here.model_copy(update={"crop": crop})})
+
+
+def begun_with(start: str) -> tuple[dict[str, Any], Preprocess]:
+    """The shape of the network of a run or a model, by the names of settings, and its preprocessing."""
+    import json
+
+    from cytodiffusion.bundle import find_bundle
+    from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.train.settings import NetworkSettings, load_settings
+
+    run = Path(start) / "settings.yaml"
+    if run.exists():
+        settings = load_settings(run)
+        return settings.network.model_dump(mode="json"), settings.preprocess
+    folder = find_bundle(start)
+    shape = json.loads((folder / "config.json").read_text())["settings"]
+    known = {name: shape[name] for name in NetworkSettings.model_fields if name in shape}
+    return known, Preprocess.model_validate_json((folder / "preprocess.json").read_text())
 
 
 def split_samples(
