@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cytodiffusion import calibration
 from cytodiffusion.bundle import load
-from cytodiffusion.calibration import calibrate, changed, elsewhere, load_canvases
+from cytodiffusion.calibration import calibrate, calibrations, changed, elsewhere, load_canvases
 from cytodiffusion.classify.classifier import Budget
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.fit import Plan, Seen, fit_sequence
@@ -161,6 +161,13 @@ def test_what_another_laboratory_changes_loses_its_weight() -> None:
     assert share("full-abroad") < 0.7 * share("full")
 
 
+def test_it_measures_as_many_cells_as_it_says() -> None:
+    cells = canvases(60)
+    home = replace(cells, images=cells.images[:, :, 4:20, 4:20])
+    counts = list(calibrate(meter, home, 2, True, PLAN, canvases=cells))
+    assert counts == list(range(1, calibrations(meter, home, cells, PLAN) + 1))
+
+
 def test_they_stand_beside_those_of_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Read back from a bundle: other cells were told, each class as often; races have no twin."""
     found = load(tiny_model(tmp_path_factory.getbasetemp()).bundle).classifier
@@ -188,7 +195,7 @@ def test_strangeness_is_told_from_what_changed_less() -> None:
     rng, truth = np.random.default_rng(3), np.arange(400) % 2
     draws = stratified(3, 0.1, 2.0, seed=3, frozen=True)
     far, near = (measured(rng, truth, spread) for spread in (1.0, 0.1))
-    plain, told = fit_sequence(draws, far, truth), fit_sequence(draws, far, truth, normal=near)
+    plain, told = fit_sequence(draws, far, truth), fit_sequence(draws, far, truth, reference=near)
 
     def flagged(budgets: dict[str, Budget], spread: float) -> float:
         """Of new cells, at a false-alarm rate of 5 %."""
@@ -202,3 +209,6 @@ def test_strangeness_is_told_from_what_changed_less() -> None:
     weights = [each["full"].reader.depths[-1].posterior.weight for each in (plain, told)]
     np.testing.assert_array_equal(*weights)
     np.testing.assert_array_equal(*(each["full"].held.probabilities for each in (plain, told)))
+    agreed = told["balanced"].agreement
+    assert agreed is not None
+    assert agreed.trials > 2.5  # what is strange runs all three

@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from cytodiffusion.classify.anomaly import doubt, fit_anomaly, pattern, squash
+from cytodiffusion.classify.anomaly import Cells, doubt, fit_anomaly, pattern, squash
 from cytodiffusion.classify.as_json import calibration_from_json, calibration_to_json
 from cytodiffusion.classify.calibrate import (
     HeldOut,
@@ -306,7 +306,7 @@ def table(count: int, seed: int, strange: float = 0.0) -> tuple[np.ndarray, np.n
 
 def test_p_values_of_normal_cells_are_uniform_and_of_strangers_small():
     errors, truth, probabilities = table(800, 1)
-    model, scores = fit_anomaly(errors, truth, probabilities)
+    model, scores = fit_anomaly(Cells(errors, probabilities), truth)
     held = HeldOut(truth, probabilities, scores)
     errors, _, probabilities = table(1500, 2)
     p = held.p_value(model.anomaly(errors, probabilities))
@@ -326,7 +326,8 @@ def test_p_value_by_hand():
 
 
 def test_stranger_cells_score_higher():
-    model, _ = fit_anomaly(*table(300, 1))
+    errors, truth, probabilities = table(300, 1)
+    model, _ = fit_anomaly(Cells(errors, probabilities), truth)
     means = []
     for strange in (0.0, 0.5, 1.0, 2.0):
         errors, _, probabilities = table(200, 4, strange)
@@ -338,7 +339,7 @@ def test_stranger_cells_score_higher():
 def test_errors_of_an_unheard_of_size_are_strange(size):
     """In both tails: a smooth image is too easy to denoise, a noisy one too hard."""
     errors, truth, probabilities = table(300, 1)
-    model, scores = fit_anomaly(errors, truth, probabilities)
+    model, scores = fit_anomaly(Cells(errors, probabilities), truth)
     errors, _, probabilities = table(50, 5)
     assert (model.anomaly(errors * np.float32(size), probabilities) > scores.max()).all()
 
@@ -346,7 +347,7 @@ def test_errors_of_an_unheard_of_size_are_strange(size):
 def test_doubt_counts_by_its_rank():
     """A cell at the mean of its class has a1 = 0, so that s is the share of cells with less doubt."""
     errors, truth, probabilities = table(300, 1)
-    model, _ = fit_anomaly(errors, truth, probabilities)
+    model, _ = fit_anomaly(Cells(errors, probabilities), truth)
     middle = squash(np.zeros(300), doubt(probabilities), model.units)
     rank = stats.rankdata(doubt(probabilities)) / 300
     np.testing.assert_allclose(middle / (1 - middle), rank, atol=0.02)

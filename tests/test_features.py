@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cytodiffusion import calibration
 from cytodiffusion.classify.anomaly import (
+    Cells,
     doubt,
     fit_anomaly,
     pattern,
@@ -283,7 +284,7 @@ def test_features_come_last_in_the_pattern() -> None:
 def test_every_class_has_a_mean_of_its_own_features() -> None:
     """A cell between the classes is strange, though the mean of all features is there."""
     errors, truth, probabilities, features = known(300, 1)
-    model, _ = fit_anomaly(errors, truth, probabilities, features)
+    model, _ = fit_anomaly(Cells(errors, probabilities, features), truth)
     want = np.stack([features[truth == k].mean(0) for k in range(K)])
     np.testing.assert_allclose(model.means[:, -2:], want, rtol=1e-5)
     own = model.distance(errors, want[truth].astype(np.float32))
@@ -295,8 +296,8 @@ def test_every_class_has_a_mean_of_its_own_features() -> None:
 
 def test_a_stranger_that_the_features_alone_see() -> None:
     errors, truth, probabilities, features = known(400, 1)
-    seeing, scores = fit_anomaly(errors, truth, probabilities, features)
-    blind, _ = fit_anomaly(errors, truth, probabilities)
+    seeing, scores = fit_anomaly(Cells(errors, probabilities, features), truth)
+    blind, _ = fit_anomaly(Cells(errors, probabilities), truth)
     errors, _, probabilities, features = known(90, 2)
     odd = features + np.float32(FAR * 0.5)
     plain = seeing.anomaly(errors, probabilities, features)
@@ -310,23 +311,23 @@ def test_held_out_scores_are_of_fits_without_the_cell() -> None:
     """Fold by fold, by hand; and an outlier among the known does not excuse itself."""
     errors, truth, probabilities, features = known(60, 3)
     features[7] += 40
-    _, scores = fit_anomaly(errors, truth, probabilities, features)
+    _, scores = fit_anomaly(Cells(errors, probabilities, features), truth)
     a1 = np.zeros(60)
     for fit, held in folds(truth, K):
-        part, _ = fit_anomaly(errors[fit], truth[fit], probabilities[fit], features[fit])
+        part, _ = fit_anomaly(Cells(errors[fit], probabilities[fit], features[fit]), truth[fit])
         a1[held] = part.distance(errors[held], features[held])
     units = np.append(
         np.quantile(a1, 0.95), np.quantile(doubt(probabilities), np.linspace(0, 1, 65))
     )
     np.testing.assert_allclose(scores, squash(a1, doubt(probabilities), units), rtol=1e-9)
     assert scores.argmax() == 7
-    whole, _ = fit_anomaly(errors, truth, probabilities, features)
+    whole, _ = fit_anomaly(Cells(errors, probabilities, features), truth)
     assert a1[7] > 3 * whole.distance(errors[7:8], features[7:8])[0]
 
 
 def test_a_model_with_features_says_what_a_table_lacks() -> None:
     errors, truth, probabilities, features = known(60, 3)
-    model, _ = fit_anomaly(errors, truth, probabilities, features)
+    model, _ = fit_anomaly(Cells(errors, probabilities, features), truth)
     for lacking in (None, np.zeros((60, 0), dtype=np.float32)):
         with pytest.raises(DataError, match="without the network's features") as told:
             model.distance(errors, lacking)
@@ -335,7 +336,7 @@ def test_a_model_with_features_says_what_a_table_lacks() -> None:
 
 def test_a_model_without_features_passes_over_those_it_is_given() -> None:
     errors, truth, probabilities, features = known(60, 3)
-    model, _ = fit_anomaly(errors, truth, probabilities)
+    model, _ = fit_anomaly(Cells(errors, probabilities), truth)
     with_them = model.anomaly(errors, probabilities, features)
     np.testing.assert_array_equal(with_them, model.anomaly(errors, probabilities))
 

@@ -200,21 +200,21 @@ def cautions(budgets: dict[str, Budget]) -> list[str]:
 
 
 def _sequence(
-    work: Work, cells: Pixels, ending: str = "", normal: Pixels | None = None
+    work: Work, cells: Pixels, ending: str = "", reference: Pixels | None = None
 ) -> Generator[int, None, dict[str, Budget]]:
     """Measure the candidate trials, choose among them, and fit the budgets of this ending.
 
-    `normal`: the same cells, changed less, from which strangeness is told.
+    `reference`: the same cells, changed less, beside which others are strange.
     """
     truth, every = cells.labels, work.every
     errors, features = yield from work.measured(cells, every)
     draws, order = choose_draws(errors, truth, work.plan)
     if features.shape[1]:  # those of the first trial that a cell will run
         _, features = yield from work.measured(cells, replace(every, draws=draws.first(1)))
-    seen, near = Seen(errors[:, order], features), None
-    if normal is not None:
-        near = Seen(*(yield from work.measured(normal, replace(every, draws=draws))))
-    return fit_sequence(draws, seen, truth, not every.together, ending, near)
+    seen, usual = Seen(errors[:, order], features), None
+    if reference is not None:
+        usual = Seen(*(yield from work.measured(reference, replace(every, draws=draws))))
+    return fit_sequence(draws, seen, truth, not every.together, ending, usual)
 
 
 def _reach(work: Work, canvases: Pixels, size: int) -> Generator[int, None, float]:

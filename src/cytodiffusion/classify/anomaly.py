@@ -30,6 +30,7 @@ The form of s was chosen on held-out cells and corrupted copies of them, see doc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -115,20 +116,30 @@ def _gaussian(g: np.ndarray, truth: np.ndarray, classes: int) -> tuple[np.ndarra
     return means, LedoitWolf().fit(g - means[truth]).precision_
 
 
+class Cells(NamedTuple):
+    """What strangeness is told from."""
+
+    errors: Float[np.ndarray, "m t k1"]
+    probabilities: Float[np.ndarray, "m k"]
+    features: Float[np.ndarray, "m f"] | None = None
+
+
 def fit_anomaly(
-    errors: Float[np.ndarray, "m t k1"],
-    truth: Int[np.ndarray, " m"],
-    probabilities: Float[np.ndarray, "m k"],
-    features: Float[np.ndarray, "m f"] | None = None,
+    cells: Cells, truth: Int[np.ndarray, " m"], shown: Cells | None = None
 ) -> tuple[AnomalyModel, Float[np.ndarray, " m"]]:
-    """Fit on held-out cells; also returns their own anomaly, each from fits without it."""
-    g, classes = pattern(errors, features), probabilities.shape[1]
-    a1 = np.zeros(len(truth))
+    """Fit on held-out cells; also returns their own anomaly, each from fits without it.
+
+    `shown`: another view of the same cells, whose anomaly is returned in place of theirs.
+    """
+    classes, shown = cells.probabilities.shape[1], shown or cells
+    g, asked = (pattern(each.errors, each.features) for each in (cells, shown))
+    near, far = np.zeros(len(truth)), np.zeros(len(truth))
     for fit, held in folds(truth, classes):
-        a1[held] = distance(g[held], *_gaussian(g[fit], truth[fit], classes))
-    a2 = doubt(probabilities)
-    far = np.quantile(a1, QUANTILE).clip(min=1e-9)
-    units = np.append(far, np.quantile(a2, np.linspace(0, 1, STEPS)))
-    anomaly = squash(a1, a2, units)
-    limit = float(np.quantile(anomaly, QUANTILE))
-    return AnomalyModel(*_gaussian(g, truth, classes), units, limit), anomaly
+        fitted = _gaussian(g[fit], truth[fit], classes)
+        near[held], far[held] = (distance(each[held], *fitted) for each in (g, asked))
+    doubts = doubt(cells.probabilities)
+    unit = np.quantile(near, QUANTILE).clip(min=1e-9)
+    units = np.append(unit, np.quantile(doubts, np.linspace(0, 1, STEPS)))
+    limit = float(np.quantile(squash(near, doubts, units), QUANTILE))
+    model = AnomalyModel(*_gaussian(g, truth, classes), units, limit)
+    return model, squash(far, doubt(shown.probabilities), units)

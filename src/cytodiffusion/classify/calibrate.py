@@ -110,12 +110,12 @@ def out_of_fold(
     errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"], seed: int = 0
 ) -> Float[np.ndarray, "m k"]:
     """Probabilities of each cell from weights fitted without it."""
-    return softmax(out_of_fold_logits(errors, truth, seed), axis=1)
+    return softmax(out_of_fold_logits(errors, truth, seed=seed), axis=1)
 
 
 def out_of_fold_logits(
-    errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"], seed: int = 0,
-    shown: Float[np.ndarray, "m t k"] | None = None,
+    errors: Float[np.ndarray, "m t k"], truth: Int[np.ndarray, " m"],
+    shown: Float[np.ndarray, "m t k"] | None = None, seed: int = 0,
 ) -> Float[np.ndarray, "m k"]:  # fmt: skip
     """Logits of each cell, in nats, from weights fitted without it.
 

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 
-from cytodiffusion.classify.anomaly import fit_anomaly
+from cytodiffusion.classify.anomaly import Cells, fit_anomaly
 from cytodiffusion.classify.calibrate import (
     HeldOut,
     choose_trials,
@@ -109,55 +109,67 @@ class Seen(NamedTuple):
     features: Float[np.ndarray, "n f"] | None = None
 
 
+class Judged(NamedTuple):
+    """What held-out cells are told after 1, 2, ... trials, by fits without them."""
+
+    logits: Float[np.ndarray, "n t k"]
+    anomaly: Float[np.ndarray, "n t"]
+
+
 def fit_sequence(
     draws: Draws, seen: Seen, truth: Int[np.ndarray, " n"], apart: bool = False, ending: str = "",
-    normal: Seen | None = None,
+    reference: Seen | None = None,
 ) -> dict[str, Budget]:  # fmt: skip
     """`fast`, `balanced` and `full`, each with this `ending`, which run these trials in this order.
 
-    `apart`: every class costs a pass of its own, so that classes leave one by one. `normal`: the same
-    cells, changed less, from which strangeness is told. Held-out cells are judged by fits without them.
+    `apart`: every class costs a pass of its own, so that classes leave one by one. `reference`: the same
+    cells, changed less, beside which others are strange. Held-out cells are judged by fits without them.
     """
-    depths, logits, plain, anomaly = _fit_depths(seen, normal or seen, truth)
-    gates = tuple(depth.gate for depth in depths)
-    strange = anomaly > np.array([depth.anomalies.limit for depth in depths])
+    depths, judged = _fit_depths([seen] if reference is None else [seen, reference], truth)
+    gates, limits = zip(*((depth.gate, depth.anomalies.limit) for depth in depths), strict=True)
+    strange = [each.anomaly > np.array(limits) for each in judged]
     budgets = {}
     for name, haste in BUDGETS.items():
         rule = Rule(apart=apart, cautious=haste.cautious)
-        rule, agreed = learn_threshold(logits, strange, gates, rule, haste.allowed)
-        told = replay(logits, strange, gates, rule)
-        ended = replay(plain, strange, gates, rule).whole
-        strangeness = anomaly[np.arange(len(truth)), ended - 1]
-        held, reader = HeldOut(truth, told.probabilities, strangeness), Sequence(depths, rule)
+        rule, agreed = learn_threshold(judged[0].logits, strange[0], gates, rule, haste.allowed)
+        told = replay(judged[0].logits, strange[0], gates, rule)
+        ended = replay(judged[-1].logits, strange[-1], gates, rule).whole
+        anomaly = judged[-1].anomaly[np.arange(len(truth)), ended - 1]
+        held, reader = HeldOut(truth, told.probabilities, anomaly), Sequence(depths, rule)
         budgets[name + ending] = Budget(draws, reader, held, policy=reader, agreement=agreed)
     return budgets
 
 
-class Fitted(NamedTuple):
-    """How the first 1, 2, ... trials are read, and what is said of each cell by fits without it."""
+def _fit_depths(
+    views: list[Seen], truth: Int[np.ndarray, " n"]
+) -> tuple[tuple[Depth, ...], list[Judged]]:
+    """How the first 1, 2, ... trials are read, and what the cells are told, view by view.
 
-    depths: tuple[Depth, ...]
-    logits: Float[np.ndarray, "n t k"]
-    normal_logits: Float[np.ndarray, "n t k"]
-    anomaly: Float[np.ndarray, "n t"]  # of the normal ones
-
-
-def _fit_depths(seen: Seen, normal: Seen, truth: Int[np.ndarray, " n"]) -> Fitted:
-    prefixes = [
-        (seen.errors[:, :n], normal.errors[:, :n]) for n in range(1, len(seen.errors[0]) + 1)
-    ]
-    logits = [out_of_fold_logits(part[:, :, :-1], truth) for part, _ in prefixes]
-    full, depths, plain, anomaly = logits[-1].argmax(1), [], [], []
-    for (part, near), told in zip(prefixes, logits, strict=True):
-        same = normal is seen
-        plain.append(
-            told if same else out_of_fold_logits(part[:, :, :-1], truth, shown=near[:, :, :-1])
+    Names are fitted on the first view of the cells, strangeness on the last.
+    """
+    posteriors, anomalies, told, strangeness = [], [], [], []
+    for count in range(1, views[0].errors.shape[1] + 1):
+        parts = [view.errors[:, :count] for view in views]
+        named = parts[0][:, :, :-1]
+        logits = [out_of_fold_logits(named, truth, part[:, :, :-1]) for part in parts]
+        cells = [
+            Cells(part, softmax(each, axis=1), view.features)
+            for part, each, view in zip(parts, logits, views, strict=True)
+        ]
+        fits = [fit_anomaly(cells[-1], truth, shown) for shown in cells]
+        posteriors.append(fit_prefix(named, truth))
+        anomalies.append(fits[-1][0])
+        told.append(logits)
+        strangeness.append([scores for _, scores in fits])
+    full = told[-1][0].argmax(1)
+    gates = [fit_gate(logits, logits.argmax(1) == full) for logits, *_ in told]
+    judged = [
+        Judged(np.stack(logits, axis=1), np.stack(scores, axis=1))
+        for logits, scores in zip(
+            zip(*told, strict=True), zip(*strangeness, strict=True), strict=True
         )
-        strangers, scores = fit_anomaly(near, truth, softmax(plain[-1], axis=1), normal.features)
-        gate = fit_gate(told, told.argmax(1) == full)
-        depths.append(Depth(fit_prefix(part[:, :, :-1], truth), gate, strangers))
-        anomaly.append(scores)
-    return Fitted(tuple(depths), *(np.stack(each, axis=1) for each in (logits, plain, anomaly)))
+    ]
+    return tuple(map(Depth, posteriors, gates, anomalies)), judged
 
 
 def balanced_subset(
