@@ -273,5 +273,5 @@ def test_a_baseline_begins_with_another(trained: Baseline, tmp_path: Path) -> No
     with torch.inference_mode():
         told = make_network(settings, wanted, 16).eval()(images).numpy()
     np.testing.assert_allclose(told[:, [0, 2]], trained.logits(images)[:, [2, 0]], atol=1e-5)
-    with pytest.raises(SettingsError, match="has a resnet; a vit cannot begin with it"):
+    with pytest.raises(SettingsError, match="has a resnet of 16 px; a vit of 16 px cannot begin"):
         make_network(settings.model_copy(update={"kind": "vit"}), wanted, 16)

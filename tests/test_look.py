@@ -21,7 +21,7 @@ from cytodiffusion.data.find import find_cell, otsu
 from cytodiffusion.data.images import Preprocess, decode
 from cytodiffusion.data.load import look_of
 from cytodiffusion.data.look import Look, crop_for, matched, measure_look
-from cytodiffusion.data.match import fit_frames
+from cytodiffusion.data.match import Fit, fit_frames
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import FileBytes, Sample
 from cytodiffusion.data.stain import Stain, background, measure_stain, optical_density, restain
@@ -280,6 +280,25 @@ def test_a_model_that_was_asked_for_stays(tmp_path: Path) -> None:
     assert (request["model"], request["budget"]) == ("pbc8", "balanced-abroad")
 
 
+def test_frames_that_are_foreign_to_one_model_alone_stay_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the edge, where the look of pbc8's own training says so and that of pbc8-far does not."""
+
+    def seen(samples: Any, preprocess: Preprocess, *_: Any) -> Fit:
+        foreign = preprocess.look == load("pbc8").preprocess.look
+        return Fit(foreign, None, "They differ." * foreign, abroad=foreign)
+
+    monkeypatch.setattr("cytodiffusion.data.match.fit_frames", seen)
+    cells, out = frames(tmp_path / "in", 8, 1.0, 0.95), tmp_path / "out"
+    for _ in range(2):
+        told = cli("predict", cells, "-o", out, "--device", "cpu")
+        assert told.code == 0, told.err
+        request = json.loads((out / "request.json").read_text())
+        taken = (request["model"], request["budget"], request["match"])
+        assert taken == ("pbc8", "balanced-abroad", "light")
+
+
 def test_a_glance_at_too_few_cells_is_taken_again(tmp_path: Path) -> None:
     """What it then shows is not mixed with rows of frames as they were."""
     cells, words = frames(tmp_path / "in", 3, 1.6, 0.8), ["-o", tmp_path / "out", "--device", "cpu"]
@@ -329,7 +348,7 @@ def test_the_report_gives_the_whole_call(tmp_path: Path) -> None:
     words = ["--crop", 0.7, "--sets", "class", "--device", "cpu"]
     assert cli("predict", cells, "-o", tmp_path / "out", *words).code == 0
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
-    assert f"cytodiffusion predict '{cells}' --out {tmp_path / 'out'} " in page
+    assert f"cytodiffusion predict '{cells}' --out {tmp_path / 'out'} --model pbc8" in page
     assert "--crop 0.7" in page
     assert "--sets class" in page
 

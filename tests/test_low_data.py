@@ -241,24 +241,28 @@ def test_run_again_only_what_is_new_is_trained(
 def test_both_begin_with_what_was_trained_elsewhere(
     cells: Path, world: World, small: None, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Of the classes that are asked for alone, and at the scale of the model."""
+    """Of the classes that are asked for alone; what does not learn says what it said before."""
     about = BaselineSettings(kind="resnet", steps=2, batch=4, learning_rates=(1e-3,))
     training = train_baseline(world.train.images, world.train.labels, CLASSES,
                               world.settings.preprocess, world.settings.augmentation, about)  # fmt: skip
     begun, out = world.out / "begun", world.out / "out"
     Console(False).follow(percent(training), "training", 100, "%").save(begun)
     model = tiny_model(tmp_path_factory.getbasetemp()).bundle
-    said = cli("bench", "low-data", cells, "-o", out, "--preset=tiny", "--steps=4", "--device=cpu",
-               "--labels=2", "--repeats=1", "--jobs=1", "--from", model, "--baselines=resnet",
-               "--baseline-from", begun, "--classes=neutrophil,lymphocyte", "--share=0.4",
-               "--json")  # fmt: skip
+    said = cli("bench", "low-data", cells, "-o", out, "--set=learning_rate=1e-12", "--steps=4",
+               "--device=cpu", "--labels=2", "--repeats=1", "--jobs=1", "--from", model,
+               "--baselines=resnet", "--baseline-from", begun, "--classes=Neutrophils,lymphocyte",
+               "--share=0.4", "--json")  # fmt: skip
     assert said.code == 0, said.err
     assert set(said.json["test_cells"]) == {"neutrophil", "lymphocyte"}
-    assert said.json["baselines_begun_with"] == {"resnet": "begun"}
+    assert "resnet: begun" in said.json["pretrained"]
+    assert said.json["labels_of_other_cells"] == "those of what was trained before"
+    assert "Every method saw" in (page := (out / "report.html").read_text())
+    assert "what was spent before is not counted" in page
     assert "training without labels" not in said.err
     assert [row["method"] for row in said.json["rows"]] == [
         "ours", "ours + unlabelled", "resnet", "resnet + unlabelled",
     ]  # fmt: skip
+    assert said.json["rows"][0]["balanced_accuracy"] > 0.9
 
 
 def test_two_at_a_time_say_what_one_does(cells: Path, out: Path, tmp_path: Path) -> None:
@@ -294,6 +298,11 @@ def test_an_unreadable_image_is_named(cells: Path, tmp_path: Path) -> None:
         (["--splits", "nowhere.csv"], "nowhere.csv"),
         (["--from", "nothing"], "no model 'nothing'"),
         (["--baseline-from", "."], "has no trained baseline"),
+        (
+            ["--from", "pbc8", "--baselines", "resnet"],
+            "a --baseline-from for each of the --baselines",
+        ),
+        (["--preset", "fine-tune"], "--from pbc8-far"),
         (["--classes", "neutrophil,blast"], "has no cell of: blast"),
     ],
     ids=str,

@@ -137,6 +137,10 @@ class Model:
         if fit.abroad and (twin := self.classifier.abroad(budget)) != budget:
             told += f" Budget {twin} in place of {budget}: its weights were fitted for such frames."
             budget = twin
+            if self.name == DEFAULT_MODEL:
+                told += (
+                    f" The command would take {ABROAD_MODEL}, trained for such frames: load that."
+                )
         if told:
             warnings.warn(told, stacklevel=2)
         prepared = [self.prepare(sample.read(), fit.crop, fit.light) for sample in samples]

@@ -102,10 +102,9 @@ def evaluate(
         )
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
-    call = call_of(context)
     asked = Asked(match, crop, budget, model)
     taken = take(asked, loaded, samples, console, out, open_answers=answers is None)
-    loaded = taken.model
+    loaded, call = taken.model, call_of(context, model=model or taken.model.name)
     request = Request(
         taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
         command="evaluate", decided=taken.kept, workers=cores(),

@@ -94,7 +94,7 @@ def explain(
     )  # fmt: skip
     console.note(NOTICE)
     rows = _run(work, samples, out, console)
-    _page(work, rows, out, call_of(context))
+    _page(work, rows, out, call_of(context, model=model or taken.model.name))
     values = {"cells": len(samples) - console.unread, "explanations": rows, "out": str(out)}
     console.result(values, "\n".join([*map(_line, rows), f"See {out / 'report.html'}."]))
     if console.unread:

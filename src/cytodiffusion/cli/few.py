@@ -39,6 +39,15 @@ UNNAMED = {"classification": 0.0, "balance": 0.0, "sigma_mean": -0.9, "sigma_std
 
 
 @dataclass(frozen=True)
+class Pretrained:
+    """A baseline that was trained before."""
+
+    folder: Path
+    sha256: str  # of its weights
+    trained: dict[str, Any]  # how
+
+
+@dataclass(frozen=True)
 class World:
     """What every job needs; sent to every process."""
 
@@ -51,9 +60,7 @@ class World:
     first_steps: int  # of ours on the unlabelled cells alone; 0: none
     device: str
     start: str | None = None  # model that ours begins with
-    pretrained: dict[str, Path] = field(
-        default_factory=dict
-    )  # baselines that those of a kind begin with
+    pretrained: dict[str, Pretrained] = field(default_factory=dict)  # by kind of baseline
 
 
 @dataclass(frozen=True)
@@ -90,22 +97,37 @@ def start_digest(start: str) -> str:
     return str(json.loads((find_bundle(start) / CHECKSUMS).read_text())["model.safetensors"])
 
 
-def find_pretrained(folders: Sequence[Path]) -> dict[str, Path]:
-    """Trained baselines by their kind. Raises DataError for a folder that has none."""
-    import json
+def find_pretrained(
+    folders: Sequence[Path], kinds: Sequence[str], start: str | None
+) -> dict[str, Pretrained]:
+    """Trained baselines by their kind: with `start` one for each kind, without it none.
 
-    from cytodiffusion.errors import DataError
+    Raises SettingsError, and DataError for a folder that has none.
+    """
+    import hashlib
 
-    found = {}
+    from cytodiffusion.errors import DataError, SettingsError
+    from cytodiffusion.evaluate.baselines import Baseline
+
+    found = dict[str, Pretrained]()
     for folder in folders:
         try:
-            about = json.loads((folder / "baseline.json").read_text())
-            found[str(about["settings"]["kind"])] = folder.resolve()
+            baseline = Baseline.load(folder)
+            weights = (folder / "model.safetensors").read_bytes()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{folder} has no trained baseline ({error}). Give a folder of OUT/baselines, as bench "
                 "shift and bench anomaly write them."
             ) from error
+        sha, kind = hashlib.sha256(weights).hexdigest(), baseline.settings.kind
+        if kind in found:
+            raise SettingsError(f"Two trained baselines are of one kind, {kind}. Give one.")
+        found[kind] = Pretrained(folder.resolve(), sha, baseline.trained)
+    if set(found) != (set(kinds) if start else set()):
+        raise SettingsError(
+            "All begin with what was trained before, or none: --from MODEL takes a --baseline-from for "
+            f"each of the --baselines ({', '.join(kinds) or 'none'}), and no other."
+        )
     return found
 
 
@@ -131,6 +153,7 @@ def list_cells(
     samples = labels.respell(read_dataset(source, splits=splits))
     known = [sample for sample in samples if sample.label is not None]
     if classes:
+        classes = [labels.canonical(name) or name for name in classes]
         named = {sample.label: labels.resolve(str(sample.label), classes) for sample in known}
         known = [replace(s, label=named[s.label]) for s in known if named[s.label] is not None]
         if none := set(classes) - set(named.values()):
@@ -201,8 +224,13 @@ def place(world: World, job: Job) -> Path:
     rows, labels = given_to(world, job)
     cells = [(world.train.digests[i], int(k)) for i, k in zip(rows, labels, strict=True)]
     first = first_settings(world) if job.method.rest and world.first_steps else None
-    ours = (world.settings, first, draws(), world.start and start_digest(world.start))
-    own = ours if job.method.kind == OURS else _baseline(world, job)
+    if job.method.kind == OURS:
+        own: Any = (world.settings, first, draws())
+        own += (start_digest(world.start),) if world.start else ()
+    else:
+        own = _baseline(world, job)
+        if begun := world.pretrained.get(job.method.kind):
+            own = (own.model_copy(update={"weights": None}), begun.sha256)
     light = (world.settings.preprocess, world.settings.augmentation, world.classes)
     about = (job.repeat, world.seed, own, light, cells, world.test.sha256)
     name = f"{job.count}-{job.repeat}-{str(job.method).replace(' + ', '-')}-{digest_of(about)}"
@@ -292,10 +320,10 @@ def _baseline(world: World, job: Job) -> Any:
     from cytodiffusion.evaluate.baselines import BaselineSettings
 
     begun = world.pretrained.get(job.method.kind)
-    slower = {"weights": begun, "learning_rates": (1e-4, 3e-4, 1e-3)} if begun else {}
+    tuned = {"weights": begun.folder, "learning_rates": (1e-4, 3e-4, 1e-3)} if begun else {}
     return BaselineSettings(
         kind=job.method.kind, minutes=job.minutes, balance=world.settings.balance,
-        pseudo=job.method.rest, seed=world.seed + job.repeat, **slower,
+        pseudo=job.method.rest, seed=world.seed + job.repeat, **tuned,
     )  # fmt: skip
 
 

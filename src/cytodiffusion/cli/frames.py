@@ -46,63 +46,86 @@ def take(
 
     `out`: where cells were named before with the same asked for, what was clearly seen then stays, though
     there may be more cells now. `open_answers`: all classes may come up, and --classes could restrict
-    them. Raises SettingsError, DataError.
+    them. Raises SettingsError, DataError, ModelError.
     """
-    from cytodiffusion.bundle import ABROAD_MODEL, load, shipped
+    from cytodiffusion.bundle import load
+    from cytodiffusion.data.match import fit_frames
 
-    fit, named = _fit(asked, model, samples, out), model.name
-    if fit.abroad and asked.model is None and ABROAD_MODEL in shipped():
-        model = load(ABROAD_MODEL, model.classifier.device, model.engine)
-        fit = _fit(asked, model, samples, out)
+    named = model.name
+    if kept := _kept(asked, out):
+        fit, name = kept
+        if asked.model is None and name != named:
+            model = load(name, model.classifier.device, model.engine)
+    else:
+        fit = fit_frames(samples, model.preprocess, asked.match, asked.crop)
+        if fit.abroad and asked.model is None:
+            model, fit = _of_abroad(asked, model, fit, samples)
     twin = model.classifier.abroad(asked.budget)
-    if fit.told:
-        console.note(fit.told)
-    if fit.abroad:
-        _say(named, model.name, asked.budget, twin, open_answers, console)
-    elif fit.light and twin != asked.budget:
-        console.note(
-            f"Budget {asked.budget} has weights from home; {twin} has some for other laboratories."
-        )
+    _say(asked, fit, named, model.name, twin, open_answers, console)
     seen = {name: getattr(fit, name) for name in ("light", "crop", "told", "abroad", "sure")}
-    kept = {"asked": asked._asdict(), "seen": seen}
-    return Taken(model, twin if fit.abroad else asked.budget, fit.light, fit.crop, kept)
+    decided = {"asked": asked._asdict(), "seen": seen}
+    return Taken(model, twin if fit.abroad else asked.budget, fit.light, fit.crop, decided)
+
+
+def _of_abroad(
+    asked: Asked, model: Model, fit: Fit, samples: Sequence[Sample]
+) -> tuple[Model, Fit]:
+    """The model that was trained for such frames, where it is shipped and they are foreign to it too."""
+    from cytodiffusion.bundle import ABROAD_MODEL, load, shipped
+    from cytodiffusion.data.match import fit_frames
+
+    if ABROAD_MODEL not in shipped():
+        return model, fit
+    other = load(ABROAD_MODEL, model.classifier.device, model.engine)
+    again = fit_frames(samples, other.preprocess, asked.match, asked.crop)
+    return (other, again) if again.abroad else (model, fit)
 
 
 def _say(
-    before: str, model: str, budget: str, twin: str, open_answers: bool, console: Console
+    asked: Asked, fit: Fit, named: str, model: str, twin: str, open_answers: bool, console: Console
 ) -> None:
-    """What is taken in place of what, for frames of another laboratory."""
-    other = []
-    if model != before:
-        other.append(f"Model {model} in place of {before} (-m {before} keeps it).")
-    if twin != budget:
-        other.append(
-            f"Budget {twin} in place of {budget}: its weights were fitted for such frames."
+    """What was seen, and what is taken in place of what."""
+    from cytodiffusion.bundle import ABROAD_MODEL
+
+    if fit.told:
+        other = asked.model is None and not fit.sure and "-abroad" in fit.told
+        console.note(fit.told + f" The model for such frames is {ABROAD_MODEL} (-m)." * other)
+    if not fit.abroad:
+        if fit.light and twin != asked.budget:
+            console.note(
+                f"Budget {asked.budget} has weights from home; {twin} has some for other laboratories."
+            )
+        return
+    instead = []
+    if model != named:
+        instead.append(f"Model {model} in place of {named} (-m {named} keeps it).")
+    if twin != asked.budget:
+        instead.append(
+            f"Budget {twin} in place of {asked.budget}: its weights were fitted for such frames. What it "
+            "flags as anomalous is not calibrated here: expect more false alarms than one in a hundred."
         )
-    if other and open_answers:
-        other.append(
+    if instead and open_answers:
+        instead.append(
             "If you know which classes come up, say so with --classes: it then errs far less."
         )
-    if other:
-        console.note(" ".join(other))
+    if instead:
+        console.note(" ".join(instead))
 
 
-def _fit(asked: Asked, model: Model, samples: Sequence[Sample], out: Path | None) -> Fit:
-    from cytodiffusion.data.match import fit_frames
+def _kept(asked: Asked, out: Path | None) -> tuple[Fit, str] | None:
+    """What was seen when the same was asked for, and the model that was taken.
 
-    return _kept(asked, out) or fit_frames(samples, model.preprocess, asked.match, asked.crop)
-
-
-def _kept(asked: Asked, out: Path | None) -> Fit | None:
-    """What was seen when the same was asked for; None where it was not, or too few cells were seen."""
+    None where something else was asked for, or too few cells were seen.
+    """
     from cytodiffusion.data.match import Fit
     from cytodiffusion.predictions import read_request
 
-    before = read_request(out).get("decided") if out is not None else None
-    if not isinstance(before, dict) or before.get("asked") != asked._asdict():
+    before = read_request(out) if out is not None else {}
+    decided = before.get("decided")
+    if not isinstance(decided, dict) or decided.get("asked") != asked._asdict():
         return None
     try:
-        fit = Fit(**before["seen"])
+        fit = Fit(**decided["seen"])
     except (KeyError, TypeError):  # not as this program writes it
         return None
-    return fit if fit.sure else None
+    return (fit, str(before.get("model"))) if fit.sure else None

@@ -62,8 +62,12 @@ def low_data(
         int | None, typer.Option(min=1, help="Of each training of ours, instead of the preset's.")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Of ours; cpu is a smaller network here, and 1,000 steps.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            help="Of ours; without it cpu, which is a smaller network here and 1,000 steps, or fine-tune "
+            "with --from."
+        ),
+    ] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting of it.")
     ] = None,
@@ -72,7 +76,7 @@ def low_data(
         typer.Option(
             "--from",
             metavar="MODEL",
-            help="Ours begins with its weights, in place of a first stage.",
+            help="Ours begins with its weights, without a first stage.",
         ),
     ] = None,
     baseline_from: Annotated[
@@ -124,12 +128,12 @@ def low_data(
         labels, least=2
     )  # a baseline sets one aside to choose its learning rate by
     kinds = find_kinds(baselines)
+    preset = preset or ("fine-tune" if start else "cpu")
     settings = settings_of(preset, [*([f"steps={steps}"] if steps else []), *(change or [])], start)
     if start is not None:
         start_digest(start)  # what can be wrong is said before anything is written
-        first_steps = 0
-    pretrained = find_pretrained(baseline_from or [])
-    only = [name.strip() for name in classes.split(",")] if classes else None
+    pretrained = find_pretrained(baseline_from or [], kinds, start)
+    only = [name.strip() for name in (classes or "").split(",") if name.strip()]
     train, test = list_cells(source, splits, split, seed, names, share, only)
     if start is not None:
         settings = at_scale_of(start, with_look(settings, train, console), change or [], console)
@@ -140,21 +144,15 @@ def low_data(
 
     margin = settings.augmentation.margin
     cells = read_cells(train, "train", answers, settings.preprocess, margin, names, console)
+    if unknown := {str(s.label) for s in test} - set(answers):
+        console.note(f"Left out of the test, as none is trained on: {', '.join(sorted(unknown))}.")
     shown = some([s for s in test if s.label in answers], limit, seed)
     asked = read_cells(shown, split, answers, settings.preprocess, 1.0, names, console)
     check_counts([answers[k] for k in cells.labels if k >= 0], counts)
     world = World(
-        out,
-        settings,
-        answers,
-        cells,
-        asked,
-        seed,
-        first_steps * unlabelled,
-        where,
-        start,
-        pretrained,
-    )
+        out, settings, answers, train=cells, test=asked, seed=seed, device=where, start=start,
+        first_steps=0 if start else first_steps * unlabelled, pretrained=pretrained,
+    )  # fmt: skip
     if world.first_steps:
         train_first(world, console)
     kept = [Method(OURS, rest) for rest in (False, True)[: 1 + unlabelled]]
@@ -217,11 +215,25 @@ def _origin(world: World) -> dict[str, Any]:
     return {
         "training_cells": len(world.train.labels), "training_sha256": world.train.sha256[:12],
         "test_cells": dict(sorted(tested.items())), "test_sha256": world.test.sha256[:12],
-        "labels_of_other_cells": "none used",
+        "labels_of_other_cells": "those of what was trained before" if world.start else "none used",
         "seconds_on_unlabelled_cells_alone": first,  # and counted again in each training
-        "begun_with": world.start, "baselines_begun_with": {k: p.name for k, p in world.pretrained.items()},
+        "pretrained": _pretrained(world),
         "device": world.device, "cores": cores(), "commit": commit(),
     }  # fmt: skip
+
+
+def _pretrained(world: World) -> str:
+    """What each method began with, and what that took; empty where all began with nothing."""
+    from cytodiffusion.bundle import load
+
+    if world.start is None:
+        return ""
+    origin = load(world.start).config["origin"]
+    told = [f"ours: {world.start}, {origin.get('steps')} steps on {origin.get('data')}"]
+    for kind, one in world.pretrained.items():
+        spent = f"{one.trained['steps']} steps, {one.trained['seconds'] / 60:.0f} minutes"
+        told.append(f"{kind}: {one.folder.name} {one.sha256[:12]}, {spent}")
+    return "; ".join(told)
 
 
 def _heading() -> str:

@@ -72,10 +72,9 @@ def predict(
     answers = read_answers(classes, loaded.classes)
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
-    call = call_of(context)
     asked = Asked(match, crop, budget, model)
     taken = take(asked, loaded, samples, console, out, open_answers=answers is None)
-    loaded = taken.model
+    loaded, call = taken.model, call_of(context, model=model or taken.model.name)
     request = Request(
         taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
         command="predict", decided=taken.kept, workers=cores(),

@@ -127,20 +127,27 @@ def settings_from(preset: str, changes: Sequence[str], start: str | None) -> Tra
 def at_scale_of(
     start: str, settings: TrainSettings, changes: Sequence[str], console: Console
 ) -> TrainSettings:
-    """Settings with the crop that shows cells as large as those that `start` was trained on.
+    """Settings with the crop of `start`, or one that shows clearly larger cells no larger.
 
-    A crop among the `changes` stays.
+    A crop among the `changes` stays, and so does that of the preset where it is not known how large the
+    cells are, or where another kind of network is trained.
     """
-    from cytodiffusion.data.look import crop_for, larger_cells
+    from cytodiffusion.data.look import Look, crop_for, larger_cells
 
-    if any(change.strip().startswith("preprocess.crop") for change in changes):
+    here = settings.preprocess
+    asked = any(c.strip().startswith(("preprocess.crop", "preprocess=")) for c in changes)
+    if asked or here.look == Look() or settings.latent is not None:
         return settings
-    there, here = begun_with(start)[1], settings.preprocess
-    crop = there.crop
+    there = begun_with(start)[1]
+    crop, times = there.crop, here.look.nucleus / there.look.nucleus
     if larger_cells(here.look, there.look):
         crop = crop_for(crop, here.look, there.look)
-        times = here.look.nucleus / there.look.nucleus
-        console.note(f"Nuclei are {times:.1f} times as large as those {start} knows: crop {crop}.")
+        beyond = "; what lies beyond the frames is made up" * (crop > 1)
+        console.note(
+            f"Nuclei are {times:.1f} times as large as those {start} knows: crop {crop}{beyond}."
+        )
+    elif crop != here.crop:
+        console.note(f"Crop {crop}, as that of {start}.")
     return settings.model_copy(update={"preprocess": here.model_copy(update={"crop": crop})})
 
 

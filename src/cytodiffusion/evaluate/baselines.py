@@ -171,16 +171,21 @@ def make_network(settings: BaselineSettings, classes: Sequence[str], size: int) 
         if settings.weights is None:
             return Network(settings.kind, _trunk(settings.kind, shape), len(classes))
         if (settings.weights / "baseline.json").is_file():
-            return _of_another(settings.kind, settings.weights, classes)
+            return _of_another(settings.kind, settings.weights, classes, size)
         return _pretrained(settings.kind, settings.weights, len(classes))
 
 
-def _of_another(kind: Kind, folder: Path, classes: Sequence[str]) -> Network:
+def _of_another(kind: Kind, folder: Path, classes: Sequence[str], size: int) -> Network:
     """The network of a trained baseline; what it says of classes is matched by their names."""
     begun = Baseline.load(folder)
-    if begun.network.kind != kind:
-        raise SettingsError(f"{folder} has a {begun.network.kind}; a {kind} cannot begin with it.")
+    if (begun.network.kind, begun.preprocess.size) != (kind, size):
+        raise SettingsError(
+            f"{folder} has a {begun.network.kind} of {begun.preprocess.size} px; a {kind} of {size} px "
+            "cannot begin with it."
+        )
     network = Network(kind, begun.network.trunk, len(classes))
+    network.mean.copy_(begun.network.mean)
+    network.std.copy_(begun.network.std)
     with torch.no_grad():
         for row, name in enumerate(classes):
             if name in begun.classes.names:

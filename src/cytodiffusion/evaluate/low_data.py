@@ -174,6 +174,6 @@ def render(title: str, results: dict[str, Any], facts: dict[str, Any]) -> str:
     ]
     return fill(
         "low_data.html.j2", title=title, facts=facts, counts=counts, table=table,
-        gains=results["gains"], rows=results["rows"], plot=Markup(plots.label_curves(curves)),
-        keys=[plots.key(i) for i in range(len(table))],
+        gains=results["gains"], rows=results["rows"], pretrained=facts["pretrained"],
+        plot=Markup(plots.label_curves(curves)), keys=[plots.key(i) for i in range(len(table))],
     )  # fmt: skip
