@@ -3,28 +3,33 @@
     python recipes/strangers_abroad.py DATA/raabin DATA/bccd -m pbc8-far
 
 Every second cell of each set is read as `predict` reads the set, by the budget it then takes: as it is, and
-damaged in five ways (evaluate/corruptions.py). Prints how many are flagged `anomalous`, and the AUROC of
-strangeness, damaged cells against whole ones. No label is used.
+damaged in five ways (evaluate/corruptions.py) before its light is brought to that of training. Prints the
+share flagged `anomalous` with its 95 % interval, and the AUROC of strangeness, damaged cells against whole
+ones. No label is used.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from cytodiffusion.bundle import Model, load
 from cytodiffusion.classify.classifier import Reading
 from cytodiffusion.cli.console import Console, cores
 from cytodiffusion.data.images import to_tensor
+from cytodiffusion.data.look import matched
 from cytodiffusion.data.match import fit_frames
 from cytodiffusion.data.pixels import load_pixels
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.evaluate.corruptions import CORRUPTIONS, corrupted
+from cytodiffusion.evaluate.intervals import binomial_interval
 from cytodiffusion.release import commit
 
 MARGIN = 1.5  # of the canvases on which cells are damaged
@@ -48,34 +53,45 @@ def main() -> None:
 def strangers(
     model: Model, folder: Path, budget: str, match: str, seed: int, console: Console
 ) -> dict[str, object]:
-    """What is flagged of one set, whole and damaged."""
+    """What is flagged of one set, whole and damaged: share and its 95 % interval."""
     samples = sorted(read_dataset(folder), key=lambda sample: sample.name)
     fit = fit_frames(samples, model.preprocess, match)
-    preprocess, name = model.fitted(fit.crop, fit.light), budget
-    if fit.abroad:
-        name = model.classifier.abroad(budget)
-    some = samples[::2]
+    name = model.classifier.abroad(budget) if fit.abroad else budget
+    some = [replace(sample, label=None) for sample in samples[::2]]
+    preprocess = model.fitted(fit.crop)
     reading = load_pixels(some, model.classes.names, preprocess, MARGIN, cores(), model.taxonomy)
     cells = console.follow(reading, f"reading {folder.name}", len(some), "images")
-    size = preprocess.size
-    start = (cells.images.shape[-1] - size) // 2
-    shown = {"whole": cells.images[:, :, start : start + size, start : start + size]}
+    told = {"whole": _read(model, _shown(model, cells.images, fit.light), cells.digests, name)}
     for kind in CORRUPTIONS:
-        shown[kind] = corrupted(kind, cells.images, cells.digests, size, seed)
-    told = {kind: _read(model, images, cells.digests, name) for kind, images in shown.items()}
-    whole = told["whole"].anomaly
+        harmed = corrupted(kind, cells.images, cells.digests, cells.images.shape[-1], seed)
+        told[kind] = _read(model, _shown(model, harmed, fit.light), cells.digests, name)
+    whole, count = told["whole"].anomaly, len(some)
     truth = np.repeat([0, 1], len(whole))
+    flagged = {kind: reading.flags.count("anomalous") for kind, reading in told.items()}
     return {
         "budget": name,
         "cells": len(whole),
-        "flagged": {
-            k: round(float(np.mean(np.array(r.flags) == "anomalous")), 3) for k, r in told.items()
-        },
+        "flagged": {kind: [k / count, *binomial_interval(k, count)] for kind, k in flagged.items()},
         "auroc": {
-            kind: round(float(roc_auc_score(truth, np.append(whole, told[kind].anomaly))), 3)
+            kind: float(roc_auc_score(truth, np.append(whole, told[kind].anomaly)))
             for kind in CORRUPTIONS
         },
     }
+
+
+def _shown(model: Model, canvases: np.ndarray, light: bool) -> np.ndarray:
+    """The centre of each canvas, in the light of training where `predict` would bring it there."""
+    match, size = "light" if light else model.preprocess.match, model.preprocess.size
+    start = (canvases.shape[-1] - size) // 2
+    found = []
+    for canvas in canvases:
+        image = matched(
+            Image.fromarray(canvas.transpose(1, 2, 0)), match, model.preprocess.look, None
+        )
+        found.append(
+            np.asarray(image).transpose(2, 0, 1)[:, start : start + size, start : start + size]
+        )
+    return np.stack(found)
 
 
 def _read(model: Model, images: np.ndarray, digests: list[str], budget: str) -> Reading:
