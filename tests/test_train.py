@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import write_discs
 from torch import nn
 
 from cytodiffusion.bundle import ZOO
@@ -19,9 +20,10 @@ from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.cli.console import Console
-from cytodiffusion.cli.train import at_scale_of, first_weights, settings_from
+from cytodiffusion.cli.train import at_scale_of, first_weights, settings_from, split_samples
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.look import Look
+from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.errors import ModelError, OutputError, SettingsError
 from cytodiffusion.train import loop
@@ -527,6 +529,12 @@ def test_fine_tuning_takes_the_shape_of_what_it_begins_with(tmp_path):
     assert (found.preprocess.size, found.steps, found.learning_rate) == (32, 7, 3e-4)
     with pytest.raises(SettingsError, match="--from pbc8-far"):
         settings_from("fine-tune", [], None)
+
+
+def test_of_few_cells_a_third_is_held_out_and_none_left_to_test_on(tmp_path):
+    source = write_discs(tmp_path / "cells", each=9)
+    parts = split_samples(source, None, tmp_path, 0, Taxonomy.load(), Console(False))
+    assert {name: len(found) for name, found in parts.items()} == {"train": 18, "val": 9, "test": 0}
 
 
 @pytest.mark.parametrize("name", [path.parent.name for path in ZOO.glob("*/config.json")])

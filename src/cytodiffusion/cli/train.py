@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cytodiffusion.train.settings import TrainSettings
 
 
+FEW = 20  # cells of a class, of which a tenth is too few to calibrate on
 POSED = 16  # held-out cells on which turning of latents is measured
 VAL = "the split 'val'"
 UNSAID = "No licence has been stated for {} yet.\n"
@@ -79,9 +80,11 @@ def train(
         result = write_bundle(
             run, held, parts["val"], out / "bundle", out.name, origin, labels, console
         )
-        console.result(result, f"Wrote {out / 'bundle'}. Try: cytodiffusion evaluate {source} "
-                               f"-m {out / 'bundle'} --splits {splits or out / 'splits.csv'} --split test "
-                               f"-o {out / 'test'}")  # fmt: skip
+        then = f"cytodiffusion predict CELLS -m {out / 'bundle'} -o {out / 'cells'}"
+        if parts["test"]:
+            then = (f"cytodiffusion evaluate {source} -m {out / 'bundle'} "
+                    f"--splits {splits or out / 'splits.csv'} --split test -o {out / 'test'}")  # fmt: skip
+        console.result(result, f"Wrote {out / 'bundle'}. Try: {then}")
     if console.unread:
         raise typer.Exit(1)
 
@@ -172,7 +175,7 @@ def begun_with(start: str) -> tuple[dict[str, Any], Preprocess]:
 def split_samples(
     source: Path, splits: Path | None, out: Path, seed: int, taxonomy: Taxonomy, console: Console
 ) -> dict[str, Sequence[Sample]]:
-    """Samples of the splits train and val; a split file is made where none is given."""
+    """Samples of the splits train, val and test; a split file is made where none is given."""
     from dataclasses import replace
 
     from cytodiffusion.data.pixels import class_names
@@ -200,19 +203,23 @@ def split_samples(
         console.note("No split was given: made one (see splits.csv in the run folder).")
         write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
     unlabelled = [replace(s, split="train") for s in samples if s.label is None]
-    return {"train": [*parts["train"], *unlabelled], "val": parts["val"]}
+    test = [sample for sample in labelled if sample.split == "test"]
+    return {"train": [*parts["train"], *unlabelled], "val": parts["val"], "test": test}
 
 
 def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
-    """The samples with splits, in the order of a split file."""
+    """The samples with splits, in the order of a split file; none to test on where a class has few."""
+    from collections import Counter
     from dataclasses import replace
 
     from cytodiffusion.data.check import check
-    from cytodiffusion.data.split import split
+    from cytodiffusion.data.split import FRACTIONS, split
 
     same = check(labelled, pixels=False).duplicate_groups()
     by_name = {sample.name: sample for sample in labelled}
-    rows = split(labelled, seed=seed, duplicates=same).rows
+    fewest = min(Counter(sample.label for sample in labelled).values())
+    shares = {"train": 2 / 3, "val": 1 / 3} if fewest < FEW else FRACTIONS
+    rows = split(labelled, shares, seed=seed, duplicates=same).rows
     return [replace(by_name[row.name], split=row.split) for row in rows]
 
 
