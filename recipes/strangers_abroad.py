@@ -65,12 +65,12 @@ def strangers(
     for kind in CORRUPTIONS:
         harmed = corrupted(kind, cells.images, cells.digests, cells.images.shape[-1], seed)
         told[kind] = _read(model, _shown(model, harmed, fit.light), cells.digests, name)
-    whole, count = told["whole"].anomaly, len(some)
-    truth = np.repeat([0, 1], len(whole))
+    whole = told["whole"].anomaly
+    count, truth = len(whole), np.repeat([0, 1], len(whole))
     flagged = {kind: reading.flags.count("anomalous") for kind, reading in told.items()}
     return {
         "budget": name,
-        "cells": len(whole),
+        "cells": count,
         "flagged": {kind: [k / count, *binomial_interval(k, count)] for kind, k in flagged.items()},
         "auroc": {
             kind: float(roc_auc_score(truth, np.append(whole, told[kind].anomaly)))
