@@ -36,6 +36,7 @@ MAY = {
     "predictions": f"bundle classify data files {CORE}",
     "synthesis": f"bundle classify data diffusion files {CORE}",
     "calibration": f"classify data {CORE}",
+    "adaptation": f"bundle classify train data diffusion {CORE}",
     "release": f"calibration train classify data diffusion {CORE} __init__",
     "fleet": f"bundle predictions classify data {CORE} __init__",
     "review": f"data {CORE} __init__",

@@ -116,8 +116,8 @@ def test_a_reframed_image_shows_the_same(crop: float) -> None:
 def test_small_sets_are_repeated_when_they_are_joined(tmp_path: Path) -> None:
     cells = read_dataset(write_discs(tmp_path, each=2))
     look, _ = look_of(cells)
-    large = Lab("large", [replace(s, split="train") for s in cells] * 8, [0] * 48, look)
-    small = Lab("small", [replace(s, split="train") for s in cells[:3]], [0] * 3, look)
+    large = Lab("large", [replace(s, split="train") for s in cells] * 8, [0] * 48, look, ("a",))
+    small = Lab("small", [replace(s, split="train") for s in cells[:3]], [0] * 3, look, ("a",))
     bench = Bench(
         tmp_path, settings_of("tiny", []), Taxonomy.load(), 0, "cpu", "torch", Console(False)
     )

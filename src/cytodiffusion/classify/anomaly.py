@@ -29,7 +29,7 @@ The form of s was chosen on held-out cells and corrupted copies of them, see doc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -75,6 +75,23 @@ class AnomalyModel:
                 "how strange a cell is. Measure the cells again."
             )
         return distance(g, self.means, self.precision)
+
+    def beside(
+        self, errors: Float[np.ndarray, "m t k1"], probabilities: Float[np.ndarray, "m k"],
+        features: Float[np.ndarray, "m f"] | None = None,
+    ) -> AnomalyModel:  # fmt: skip
+        """The same patterns, with both scores in units of these cells, whatever they are."""
+        near, doubts = self.distance(errors, features), doubt(probabilities)
+        units = _units(near, doubts)
+        limit = float(np.quantile(squash(near, doubts, units), QUANTILE))
+        return replace(self, units=units, limit=limit)
+
+
+def _units(
+    near: Float[np.ndarray, " m"], doubts: Float[np.ndarray, " m"]
+) -> Float[np.ndarray, " u"]:
+    unit = np.quantile(near, QUANTILE).clip(min=1e-9)
+    return np.append(unit, np.quantile(doubts, np.linspace(0, 1, STEPS)))
 
 
 def squash(
@@ -138,8 +155,7 @@ def fit_anomaly(
         fitted = _gaussian(g[fit], truth[fit], classes)
         near[held], far[held] = (distance(each[held], *fitted) for each in (g, asked))
     doubts = doubt(cells.probabilities)
-    unit = np.quantile(near, QUANTILE).clip(min=1e-9)
-    units = np.append(unit, np.quantile(doubts, np.linspace(0, 1, STEPS)))
+    units = _units(near, doubts)
     limit = float(np.quantile(squash(near, doubts, units), QUANTILE))
     model = AnomalyModel(*_gaussian(g, truth, classes), units, limit)
     return model, squash(far, doubt(shown.probabilities), units)

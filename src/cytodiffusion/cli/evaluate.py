@@ -106,7 +106,7 @@ def evaluate(
     taken = take(asked, loaded, samples, console, out, open_answers=answers is None)
     loaded, call = taken.model, call_of(context, model=model or taken.model.name)
     request = Request(
-        taken.budget, taken.crop, coverage, cast("Any", sets), shares, answers, light=taken.light,
+        taken.budget, taken.fit.crop, coverage, cast("Any", sets), shares, answers, light=taken.fit.light,
         command="evaluate", decided=taken.kept, workers=cores(),
     )  # fmt: skip
     rows = name_all(loaded, samples, request, out, console, labelled=True)

@@ -90,7 +90,7 @@ def explain(
     loaded = taken.model
     work = Work(
         loaded, Settings(seed=seed), _classes(loaded, against or []), taken.budget,
-        Request(crop=taken.crop, light=taken.light).preprocess(loaded), faithful,
+        Request(crop=taken.fit.crop, light=taken.fit.light).preprocess(loaded), faithful,
     )  # fmt: skip
     console.note(NOTICE)
     rows = _run(work, samples, out, console)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import Console, cores
-from cytodiffusion.cli.trainings import Told, kept, told_by_baseline
+from cytodiffusion.cli.trainings import TUNED, Told, kept, told_by_baseline
 
 if TYPE_CHECKING:
     import numpy as np
@@ -320,7 +320,7 @@ def _baseline(world: World, job: Job) -> Any:
     from cytodiffusion.evaluate.baselines import BaselineSettings
 
     begun = world.pretrained.get(job.method.kind)
-    tuned = {"weights": begun.folder, "learning_rates": (1e-4, 3e-4, 1e-3)} if begun else {}
+    tuned = {"weights": begun.folder, "learning_rates": TUNED} if begun else {}
     return BaselineSettings(
         kind=job.method.kind, minutes=job.minutes, balance=world.settings.balance,
         pseudo=job.method.rest, seed=world.seed + job.repeat, **tuned,

@@ -33,8 +33,7 @@ class Taken(NamedTuple):
 
     model: Model
     budget: str
-    light: bool
-    crop: float | None
+    fit: Fit
     kept: dict[str, Any]  # beside the rows: what was asked for, and what a glance then showed
 
 
@@ -64,7 +63,7 @@ def take(
     _say(asked, fit, named, model.name, twin, open_answers, console)
     seen = {name: getattr(fit, name) for name in ("light", "crop", "told", "abroad", "sure")}
     decided = {"asked": asked._asdict(), "seen": seen}
-    return Taken(model, twin if fit.abroad else asked.budget, fit.light, fit.crop, decided)
+    return Taken(model, twin if fit.abroad else asked.budget, fit, decided)
 
 
 def _of_abroad(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cytodiffusion.data.look import Look
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
-    from cytodiffusion.evaluate.baselines import Baseline, Kind
+    from cytodiffusion.evaluate.baselines import Kind
     from cytodiffusion.evaluate.cost import Measured
     from cytodiffusion.evaluate.shift import Step, Told
     from cytodiffusion.train.settings import TrainSettings
@@ -33,6 +33,7 @@ class Lab:
     samples: Sequence[Sample]  # labels are names of answers
     truth: list[int]  # columns of the answers
     look: Look  # of its frames, measured without labels
+    answers: tuple[str, ...]
 
     @property
     def parts(self) -> Parts:
@@ -169,7 +170,7 @@ def _lab(
         f"{folder.name}: {len(kept)} cells; nucleus / frame {look.nucleus:.3f} ({seen} seen)."
     )
     truth = [list(answers).index(str(sample.label)) for sample in kept]
-    return Lab(folder.resolve().name, kept, truth, look)
+    return Lab(folder.resolve().name, kept, truth, look, tuple(answers))
 
 
 def join(bench: Bench, labs: Sequence[Lab]) -> Parts:
@@ -223,12 +224,12 @@ def train_model(bench: Bench, folder: Path, parts: Parts) -> Model:
 
 def make_baseline(
     bench: Bench, folder: Path, parts: Parts, answers: Sequence[str], kind: Kind, minutes: float
-) -> Baseline:
+) -> Path:
     """Trained on the same images and augmentation; its best learning rate is chosen on val."""
     import torch
 
     from cytodiffusion.data.pixels import load_pixels
-    from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings, train_baseline
+    from cytodiffusion.evaluate.baselines import BaselineSettings, train_baseline
     from cytodiffusion.files import writing_to
 
     settings, console = bench.settings, bench.console
@@ -237,7 +238,7 @@ def make_baseline(
     place = folder / "baselines" / f"{kind}-{digest_of(about)}"
     if (place / "baseline.json").exists():
         console.note(f"{kind}: trained before, see {place}.")
-        return Baseline.load(place, bench.device)
+        return place
     pixels = {}
     for part, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
         work = load_pixels(parts[part], answers, settings.preprocess, margin, cores(), bench.labels)
@@ -251,10 +252,36 @@ def make_baseline(
     found = console.follow(percent(fitting), f"training {kind}", 100, "%")
     with writing_to(place):
         found.save(place)
-    return found
+    return place
+
+
+def adapt_to(bench: Bench, model: Model, lab: Lab, step: Step) -> Path:
+    """The bundle that `adapt` makes of a laboratory's cells, whose labels it does not see."""
+    from cytodiffusion.bundle import load
+    from cytodiffusion.cli.adapt import Way, adapt_model
+    from cytodiffusion.evaluate.shift import budget, preprocesses
+
+    plain = load(model.folder, bench.device, engine="torch")
+    (preprocess,) = preprocesses(step, model.preprocess, lab.look)
+    changes = (f"precision={bench.settings.precision}",)
+    way = Way(plain, preprocess, budget(plain.classifier, step), lab.answers, changes, bench.seed)
+    key = digest_of((model.weights_sha256, way[1:], _digests(lab)))
+    out = bench.out / "adapted" / f"{model.name}-{lab.name}-{key}"
+    bench.console.note(f"{model.name} is adapted to {lab.name}:")
+    return adapt_model(way, lab.samples, out, lab.name, bench.console)
 
 
 # --- measuring -----------------------------------------------------------------------------------
+
+
+def ours_on(bench: Bench, model: Model, lab: Lab, step: Step) -> Told:
+    """What our model, or what was made of it for this laboratory, says of its cells."""
+    from cytodiffusion.bundle import load
+    from cytodiffusion.evaluate.shift import Step, read
+
+    if step.adapt == "train":
+        model, step = load(adapt_to(bench, model, lab, step), bench.device, bench.engine), Step()
+    return read(model.classifier, step, measured(bench, model, lab, step), lab.answers)
 
 
 def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]:
@@ -286,8 +313,57 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
     return found
 
 
-def ask(bench: Bench, baseline: Baseline, lab: Lab, step: Step) -> Told:
-    """What a baseline says of the cells of a laboratory."""
+def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Sequence[float]) -> Told:
+    """The same of a trained baseline, which goes on in rounds as ours does, for as long in each."""
+    import hashlib
+    import time
+
+    from cytodiffusion.adaptation import SHARES
+    from cytodiffusion.classify.adapt import sure_names
+    from cytodiffusion.cli.trainings import TUNED, kept, told_by_baseline
+    from cytodiffusion.cli.trainings import Told as Answered
+    from cytodiffusion.data.images import to_tensor
+    from cytodiffusion.data.pixels import load_pixels
+    from cytodiffusion.data.transforms import Augmentation
+    from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings
+    from cytodiffusion.evaluate.shift import Told, preprocesses
+    from cytodiffusion.train.settings import FINE_TUNE
+
+    began, baseline = time.perf_counter(), Baseline.load(place, bench.device)
+    (preprocess,) = preprocesses(step, baseline.preprocess, lab.look)
+    augmentation = Augmentation(**FINE_TUNE["augmentation"])
+    pixels, roomy = (
+        bench.console.follow(
+            load_pixels(lab.samples, lab.answers, preprocess, margin, cores(), bench.labels),
+            f"reading {lab.name}", len(lab.samples), "images",
+        )
+        for margin in (1.0, augmentation.margin)
+    )  # fmt: skip
+
+    def train() -> Answered:
+        told = Answered(baseline.predict_proba(to_tensor(pixels.images)), 0.0, 0)
+        for number, (share, taken) in enumerate(zip(SHARES, seconds, strict=True)):
+            bench.console.note(f"{place.name} on {lab.name}, round {number + 1}: {taken:.0f} s.")
+            labels = sure_names(told.probabilities, share)
+            settings = BaselineSettings(
+                kind=baseline.settings.kind, minutes=taken / 60, balance=FINE_TUNE["balance"],
+                seed=bench.seed + number, weights=place, learning_rates=TUNED,
+            )  # fmt: skip
+            told = told_by_baseline(
+                roomy.images[labels >= 0], labels[labels >= 0], lab.answers, preprocess, augmentation,
+                settings, pixels, bench.device,
+            )  # fmt: skip
+        return told
+
+    sha = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
+    about = (sha, pixels.sha256, preprocess, augmentation, list(seconds), bench.seed)
+    path = bench.out / "told" / f"{place.name}-{lab.name}-{digest_of(about)}.npz"
+    told = kept(path, train)
+    return Told(pixels.labels, told.probabilities, 1.0, time.perf_counter() - began)
+
+
+def ask(bench: Bench, place: Path, lab: Lab, step: Step) -> Told:
+    """What a trained baseline says of the cells of a laboratory."""
     import time
 
     import numpy as np
@@ -295,9 +371,10 @@ def ask(bench: Bench, baseline: Baseline, lab: Lab, step: Step) -> Told:
     from cytodiffusion.data.images import to_tensor
     from cytodiffusion.data.load import load_images
     from cytodiffusion.errors import DataError
+    from cytodiffusion.evaluate.baselines import Baseline
     from cytodiffusion.evaluate.shift import Told, adapted, preprocesses
 
-    began = time.perf_counter()
+    began, baseline = time.perf_counter(), Baseline.load(place, bench.device)
     (preprocess,) = preprocesses(step, baseline.preprocess, lab.look)
     items = list(load_images(lab.samples, preprocess, workers=cores()))
     rows = [i for i, item in enumerate(items) if item.pixels is not None]

@@ -13,6 +13,7 @@ import typer
 
 from cytodiffusion import __version__
 from cytodiffusion.cli import (
+    adapt,
     bench,
     data,
     demo,
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
+app.command("adapt")(adapt.adapt)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)

@@ -87,7 +87,7 @@ def shift(
     bench = bench.home(ours.preprocess.look)
     rows = _step_rows(bench, ours, labs, answers, names, home)
     for kind in kinds:
-        rows += _baseline_rows(bench, ours, labs, answers, kind, minutes, home)
+        rows += _baseline_rows(bench, ours, labs, answers, kind, minutes, home, names)
     if leave_one_out:
         rows += _left_out_rows(bench, labs, answers, kinds, minutes)
     facts = {"command": call_of(context), "seed": seed, "classes": ", ".join(answers),
@@ -129,28 +129,25 @@ def _step_rows(
     home: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Our model with each step."""
-    from cytodiffusion.cli.labs import measured
-    from cytodiffusion.evaluate.shift import HOME, STEPS, read
+    from cytodiffusion.cli.labs import ours_on
+    from cytodiffusion.evaluate.shift import HOME, STEPS
 
     rows = []
     sets = {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
     for name in names:
-        step = STEPS[name]
-        told = {
-            where: read(ours.classifier, step, measured(bench, ours, lab, step), answers)
-            for where, lab in sets.items()
-        }
+        told = {where: ours_on(bench, ours, lab, STEPS[name]) for where, lab in sets.items()}
         rows += _rows_of(f"{ours.name}, {name}", told, answers, bench.seed)
     return rows
 
 
 def _baseline_rows(
     bench: Bench, ours: Any, labs: Sequence[Lab], answers: Sequence[str], kind: Any, minutes: float,
-    home: int,
+    home: int, names: Sequence[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A baseline trained on the same images and augmentation, with the steps that it can take."""
-    from cytodiffusion.cli.labs import ask, make_baseline
-    from cytodiffusion.evaluate.shift import FOR_BASELINES, HOME, STEPS
+    from cytodiffusion.cli.adapt import read_rounds
+    from cytodiffusion.cli.labs import adapt_to, ask, make_baseline, self_trained
+    from cytodiffusion.evaluate.shift import FOR_BASELINES, HOME, STEPS, TRAINED
 
     found = make_baseline(bench, bench.out, labs[0].parts, answers, kind, minutes)
     sets = {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
@@ -158,6 +155,13 @@ def _baseline_rows(
     for name in FOR_BASELINES:
         told = {where: ask(bench, found, lab, STEPS[name]) for where, lab in sets.items()}
         rows += _rows_of(f"{kind}, {name}", told, answers, bench.seed)
+    if TRAINED in names:
+        step, told = STEPS[TRAINED], {}
+        for where, lab in sets.items():
+            rounds = read_rounds(adapt_to(bench, ours, lab, step).parent)["rounds"]
+            seconds = [each["seconds"] for each in rounds]
+            told[where] = self_trained(bench, found, lab, step, seconds)
+        rows += _rows_of(f"{kind}, {TRAINED}", told, answers, bench.seed)
     return rows
 
 

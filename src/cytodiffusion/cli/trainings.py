@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cytodiffusion.evaluate.baselines import BaselineSettings
 
 J = TypeVar("J")  # a job
+TUNED = (1e-4, 3e-4, 1e-3)  # learning rates that a trained baseline chooses from when it goes on
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,8 @@ class Fit(NamedTuple):
 
     def settled(self, preprocess: Preprocess) -> Preprocess:
         """Preprocessing that does this to every frame, and takes their scale for that of training."""
-        if self.look is None:
-            return preprocess
-        own = {"nucleus": self.look.nucleus, "cell": self.look.cell} if self.crop else {}
+        seen = self.look or preprocess.look
+        own = {"nucleus": seen.nucleus, "cell": seen.cell} if self.crop else {}
         change: dict[str, object] = {"match": "light"} if self.light else {}
         change |= {"crop": self.crop} if self.crop else {}
         return preprocess.model_copy(

@@ -1,11 +1,12 @@
 """Does a model hold on cells of another laboratory?
 
-It is used unchanged: no label of the foreign cells is seen, and no weight is changed. A `Step` is what
+It is used unchanged: no label of the foreign cells is seen. A `Step` is what
 may be done nevertheless. It works on each frame (its light), on a batch as a whole (one scale, from its
 own nuclei) or on the reading: with weights that were fitted on cells changed as another laboratory might
-(classify/fit.py), or of the batch as a whole (adapt.py). `abroad` is what `predict` does unasked where
-frames are clearly in another light, with all trials; what `abroad + ...` add was tried, and did not help on
-the whole or assumes too much.
+(classify/fit.py), or of the batch as a whole (classify/adapt.py). `abroad` is what `predict` does unasked
+where frames are clearly in another light, with all trials; what `abroad + ...` add was tried, and did not
+help on the whole or assumes too much. One step alone changes weights: `self-trained` is `abroad` by the
+model that `adapt` makes of the unlabelled cells, for each set its own.
 
 The mean over sets weighs every set alike; its interval comes from resamples of the cells of each set.
 """
@@ -42,7 +43,7 @@ class Step:
     scale: Literal["frame", "batch", "each"] = "frame"  # what decides the crop
     weights: bool = False  # the budget's twin for other laboratories
     zooms: tuple[float, ...] = (1.0,)  # crops over which the logits are averaged
-    adapt: Literal["", "prior", "centre"] = ""
+    adapt: Literal["", "prior", "centre", "train"] = ""
 
 
 MATCHED = Step("light", "batch", weights=True)
@@ -54,6 +55,7 @@ STEPS = {
     "light + scale": Step("light", "batch"),
     "light + scale + centre": Step("light", "batch", adapt="centre"),
     "abroad": MATCHED,
+    "self-trained": replace(MATCHED, adapt="train"),
     "abroad + prior": replace(MATCHED, adapt="prior"),
     "abroad + centre": replace(MATCHED, adapt="centre"),
     "abroad + stain": replace(MATCHED, match="stain"),
@@ -61,6 +63,7 @@ STEPS = {
     "abroad + zooms": replace(MATCHED, zooms=(0.87, 1.0, 1.15)),
 }
 FOR_BASELINES = ("as trained", "light + scale", "light + scale + centre")
+TRAINED = "self-trained"  # for baselines too, where ours is
 
 
 @dataclass(frozen=True)

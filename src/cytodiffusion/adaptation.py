@@ -1,0 +1,166 @@
+"""Cells of another laboratory in, a model that knows their look out. No label of theirs is used.
+
+    names -> the surer half of each name, taken for labels -> fine-tune -> names -> ...
+
+Self-training in rounds. Every round begins with the weights of the model that is adapted, so that it
+learns from better names, not for longer; the cells that are named less surely train "any cell" alone.
+How errors are read, probabilities, sets and when to stop, stays as the model's budgets for other
+laboratories have it. Strangeness alone is told anew, in units of these cells, since the trunk moved: that
+assumes that most of them are cells of the known classes.
+
+What a model is surely wrong about it learns to be wrong about: one class named for another stays so.
+
+Source: Zou, Yu, Kumar and Wang 2018, class-balanced self-training, arXiv 1810.07911; begun anew in each
+round as in Lee 2013, pseudo-labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from cytodiffusion.bundle import Model, Parts, read_weights, save_bundle
+from cytodiffusion.classify.adapt import beside, sure_names
+from cytodiffusion.classify.classifier import ABROAD, Budget, Classifier
+from cytodiffusion.classify.fit import BUDGETS
+from cytodiffusion.data.images import Preprocess, to_tensor
+from cytodiffusion.data.pixels import Pixels
+from cytodiffusion.diffusion.precondition import NetworkDenoiser
+from cytodiffusion.train.loop import Run, TrainingSet
+from cytodiffusion.train.settings import TrainSettings
+
+SHARES = (0.5, 0.5, 0.7)  # of the cells of each name, taken for labelled, round by round
+
+
+class Cells(NamedTuple):
+    """Cells as the model sees them, and with room to be moved."""
+
+    pixels: Pixels
+    canvases: UInt8[np.ndarray, "n 3 s s"]
+
+
+class Seen(NamedTuple):
+    """All trials of each cell, and what is made of them."""
+
+    errors: Float[np.ndarray, "n t k1"]
+    features: Float[np.ndarray, "n f"]
+    probabilities: Float[np.ndarray, "n k"]  # over all classes; 0 for one that cannot be answered
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the cells are read."""
+
+    budget: str  # one that runs all trials
+    answers: tuple[str, ...] | None = None
+    workers: int = 1
+
+
+def with_denoiser(model: Model, denoiser: NetworkDenoiser) -> Classifier:
+    """The model's classifier with another denoiser of the same shape, by torch."""
+    own = model.classifier
+    return Classifier(
+        denoiser, own.classes, own.budgets, own.poses, together=own.together, name=own.name,
+        device=own.device, space=own.space,
+    )  # fmt: skip
+
+
+def look(classifier: Classifier, pixels: Pixels, asked: Asked) -> Generator[int, None, Seen]:
+    """Yield how many cells are measured; returns what is seen of them."""
+    measurement, count = classifier.measurement(asked.budget), len(pixels.digests)
+    errors, features = measurement.nothing(classifier.meter, count)
+    images = to_tensor(pixels.images)
+    for done, (place, *found) in enumerate(
+        measurement.stream(
+            classifier.meter, range(count),
+            lambda row: (images[row].to(classifier.device), pixels.digests[row]), asked.workers,
+        ),
+        start=1,
+    ):  # fmt: skip
+        errors[place], features[place] = found
+        yield done
+    table = classifier.table(errors, features, pixels.digests, asked.budget)
+    told = classifier.read(table, asked.budget, answers=asked.answers)
+    probabilities = np.zeros((count, len(classifier.classes)))
+    columns = [classifier.classes.index(name) for name in told.classes]
+    probabilities[:, columns] = told.probabilities
+    return Seen(errors, features, probabilities)
+
+
+def begin_round(
+    folder: Any, model: Model, cells: Cells, labels: Int[np.ndarray, " n"], settings: TrainSettings
+) -> Run:
+    """A training that begins with the model's own weights; goes on where it was cut."""
+    weights, names = read_weights(model.folder)
+    start = {f"denoiser.network.{name}": value for name, value in weights.items()}
+    data = TrainingSet(cells.canvases, labels, tuple(names))
+    return Run(folder, settings, data, str(model.classifier.device), start)
+
+
+def labels_of(seen: Seen, number: int) -> Int[np.ndarray, " n"]:
+    """What round `number`, from 0 on, takes for labels; -1 where it takes none."""
+    return sure_names(seen.probabilities, SHARES[number])
+
+
+def budgets_of(model: Model, asked: Asked, seen: Seen) -> dict[str, Budget]:
+    """The sequential budgets of the adapted model, under their plain names."""
+    ending = ABROAD if asked.budget.endswith(ABROAD) else ""
+    return {
+        name: beside(model.classifier.budget(name + ending), seen.errors, seen.features)
+        for name in BUDGETS
+    }
+
+
+CARD = """# {name}
+
+{model}, adapted to {cells:,} cells of another laboratory, without a label of theirs.
+
+**Research use only. Not a medical device; not for diagnosis.**
+
+| | |
+|---|---|
+| begun with | {model} |
+| cells | {data}, {cells:,} that could be read |
+| made by | cytodiffusion adapt, commit {commit}, seed {seed}, {rounds} rounds of {steps:,} steps |
+| answers | {answers} |
+
+## What to know
+
+* Nobody has told it whether these names are right. Label some cells and run `cytodiffusion evaluate`.
+* What {model} was surely wrong about, it has learned to be wrong about. A class that hardly comes up
+  among the cells may have taken over part of another.
+* Probabilities and sets are read as {model} reads cells of other laboratories, fitted on changed cells
+  of its own laboratory, not on these.
+* `anomalous` is what is stranger than 99 in 100 of the cells that it was adapted to: it is meant for cells
+  of that laboratory, and for no other.
+
+The card of what it began with:
+
+---
+
+{before}"""
+
+
+def save_adapted(
+    folder: Any, model: Model, denoiser: NetworkDenoiser, preprocess: Preprocess,
+    budgets: dict[str, Budget], origin: dict[str, Any], answers: Sequence[str] | None,
+) -> None:  # fmt: skip
+    """Write the adapted model's bundle. Raises OutputError."""
+    texts = {name: (model.folder / name).read_text() for name in ("LICENSE", "data_license.txt")}
+    before = (model.folder / "card.md").read_text()
+    card = CARD.format(
+        model=model.name, before=before, answers=", ".join(answers or model.classes.names), **origin
+    )
+    unsaid = f"\nThe cells it was adapted to ({origin['data']}): no licence has been stated for them yet.\n"
+    save_bundle(
+        folder,
+        Parts(
+            name=origin["name"], denoiser=denoiser, classes=model.classes, preprocess=preprocess,
+            budgets=budgets, taxonomy=model.taxonomy, card=card, license=texts["LICENSE"],
+            data_license=texts["data_license.txt"] + unsaid, origin=origin, space=model.space,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,287 @@
+"""`adapt`: cells of another laboratory in, a model that knows their look out. No label is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from cytodiffusion.cli.console import (
+    NOTICE,
+    Answers,
+    Console,
+    Crop,
+    Device,
+    Json,
+    Match,
+    ModelOrAuto,
+    Out,
+    cores,
+    pick_device,
+    read_answers,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from cytodiffusion.adaptation import Cells
+    from cytodiffusion.bundle import Model
+    from cytodiffusion.cli.frames import Taken
+    from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.train.settings import TrainSettings
+
+LEAST = 50  # cells
+ROUNDS = "rounds.json"
+
+
+def adapt(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Cells of that laboratory; labels are not read.")
+    ],
+    out: Out,
+    model: ModelOrAuto = None,
+    classes: Answers = None,
+    crop: Crop = None,
+    match: Match = "auto",
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=V", help="Change one setting of the preset fine-tune."),
+    ] = None,
+    json: Json = False,
+    seed: Annotated[int, typer.Option(min=0, help="Decides every random number.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Learn the look of a laboratory from its cells alone, without a label: OUT/bundle.
+
+    The model names the cells, takes the surer half of each name for labels, and is trained on them for a
+    minute or two; three times over. Say with --classes which classes come up. Killed and run again, it
+    goes on. Then: predict INPUT -m OUT/bundle.
+    """
+    from cytodiffusion.bundle import DEFAULT_MODEL, load
+    from cytodiffusion.cli.frames import Asked, take
+    from cytodiffusion.data.readers import read_dataset
+
+    console = Console(json)
+    samples = read_dataset(source)
+    loaded = load(model or DEFAULT_MODEL, pick_device(device), engine="torch")
+    answers = read_answers(classes, loaded.classes)
+    console.note(NOTICE)
+    asked = Asked(match, crop, "full", model)
+    taken = take(asked, loaded, samples, console, open_answers=answers is None)
+    if not taken.fit.abroad:
+        console.note(
+            f"These cells are not clearly of another laboratory than those that {taken.model.name} was "
+            "trained on: adapting to them may cost more than it brings."
+        )
+    way = Way(
+        taken.model, _settled(taken, samples), taken.budget, answers,
+        tuple(change or ()), seed,
+    )  # fmt: skip
+    bundle = adapt_model(way, samples, out, source.resolve().name, console)
+    console.result(
+        {"bundle": str(bundle), **read_rounds(out)},
+        f"Wrote {bundle}. Try: cytodiffusion predict {source} -m {bundle} -o {out / 'cells'}",
+    )
+    if console.unread:
+        raise typer.Exit(1)
+
+
+def _settled(taken: Taken, samples: Sequence[Sample]) -> Preprocess:
+    """What is done to every frame from now on. Raises DataError where a crop takes the size of cells."""
+    from cytodiffusion.data.load import look_of
+
+    fit = taken.fit
+    if fit.look is None and fit.crop is not None:
+        fit = fit._replace(look=look_of(samples)[0])
+    return fit.settled(taken.model.preprocess)
+
+
+class Way(NamedTuple):
+    """What is adapted, and how its cells are read."""
+
+    model: Model
+    preprocess: Preprocess
+    budget: str  # one that runs all trials
+    answers: tuple[str, ...] | None
+    changes: tuple[str, ...] = ()  # of the settings
+    seed: int = 0
+
+
+def adapt_model(
+    way: Way, samples: Sequence[Sample], out: Path, data: str, console: Console
+) -> Path:
+    """All rounds, or those that are left; returns the bundle.
+
+    OUT/rounds.json: how many cells of each class were taken for labelled, and what it took. Raises
+    DataError for too few cells, SettingsError where OUT was begun otherwise.
+    """
+    import shutil
+
+    from cytodiffusion import adaptation
+    from cytodiffusion.files import write_json
+    from cytodiffusion.release import commit
+
+    settings = _settings(way)
+    cells = _read(way, samples, settings, console)
+    names = way.model.classes.names
+    about = _about(way, settings, cells)
+    kept = _begun(out, about)
+    if kept["rounds"] and (out / "bundle" / "config.json").exists():
+        return out / "bundle"
+    asked = adaptation.Asked(way.budget, way.answers, cores())
+    classifier = way.model.classifier
+    for number in range(len(adaptation.SHARES) + 1):
+        place = out / f"named-{number}.npz"
+        seen = _kept_seen(place)
+        if seen is None:
+            work = adaptation.look(classifier, cells.pixels, asked)
+            seen = console.follow(work, "naming", len(cells.pixels.digests), "cells")
+            _keep_seen(place, seen)
+        if number == len(adaptation.SHARES):
+            break
+        labels = adaptation.labels_of(seen, number)
+        run_folder = out / f"round-{number + 1}"
+        denoiser, seconds = _train(way, cells, labels, settings, run_folder, console)
+        classifier = adaptation.with_denoiser(way.model, denoiser)
+        if len(kept["rounds"]) == number:
+            counts = {name: int((labels == k).sum()) for k, name in enumerate(names)}
+            kept["rounds"].append({"taken_for_labelled": counts, "seconds": round(seconds, 1)})
+            write_json(out / ROUNDS, kept, "the rounds")
+        told = ", ".join(
+            f"{name} {n}" for name, n in kept["rounds"][number]["taken_for_labelled"].items() if n
+        )
+        console.note(f"Round {number + 1}: learned from {told}.")
+    origin = way.model.config["origin"] | {
+        "recipe": "cytodiffusion adapt", "commit": commit(), "seed": way.seed, "name": out.resolve().name,
+        "start": way.model.name, "data": data, "cells": len(cells.pixels.digests),
+        "rounds": len(adaptation.SHARES), "steps": settings.steps, "cells_sha256": cells.pixels.sha256,
+        "changes": list(way.changes),
+    }  # fmt: skip
+    budgets = adaptation.budgets_of(way.model, asked, seen)
+    adaptation.save_adapted(
+        out / "bundle", way.model, denoiser, way.preprocess, budgets, origin, way.answers
+    )
+    for number in range(len(adaptation.SHARES) + 1):
+        shutil.rmtree(out / f"round-{number + 1}", ignore_errors=True)
+        (out / f"named-{number}.npz").unlink()
+    return out / "bundle"
+
+
+def read_rounds(out: Path) -> dict[str, Any]:
+    """What the rounds learned from, and took."""
+    import json
+
+    return {"rounds": json.loads((out / ROUNDS).read_text())["rounds"]}
+
+
+def _settings(way: Way) -> TrainSettings:
+    """Raises SettingsError for a network that it cannot be done with."""
+    from cytodiffusion.cli.train import settings_from
+    from cytodiffusion.errors import SettingsError
+
+    changes = [*way.changes, f"seed={way.seed}"]
+    if not way.model.classifier.together or way.model.config["network"] != "compact":
+        raise SettingsError(
+            f"'{way.model.name}' cannot be adapted: it takes a compact network with a head for each class."
+        )
+    settings = settings_from("fine-tune", changes, str(way.model.folder))
+    return settings.model_copy(update={"preprocess": way.preprocess})
+
+
+def _read(way: Way, samples: Sequence[Sample], settings: TrainSettings, console: Console) -> Cells:
+    """The cells, in an order that does not depend on the listing. Those not read are named."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from cytodiffusion.adaptation import Cells
+    from cytodiffusion.data.pixels import load_pixels
+    from cytodiffusion.errors import DataError
+
+    bare = [replace(sample, label=None) for sample in samples]
+    found = []
+    for margin in (1.0, settings.augmentation.margin):
+        work = load_pixels(bare, way.model.classes.names, way.preprocess, margin, cores())
+        found.append(console.follow(work, "reading", len(bare), "images"))
+    pixels, canvases = found
+    for problem in pixels.problems:
+        console.unread += 1
+        console.note(f"Not read: {problem}")
+    if len(pixels.digests) < LEAST:
+        raise DataError(
+            f"{len(pixels.digests)} cells are too few to learn a laboratory's look from; it takes {LEAST}, "
+            "a few hundred are better. With a few labelled ones try: train --preset fine-tune."
+        )
+    order = np.argsort(pixels.digests, kind="stable")
+    return Cells(pixels.part(order), canvases.images[order])
+
+
+def _about(way: Way, settings: TrainSettings, cells: Cells) -> str:
+    """A digest of all that decides what comes out."""
+    from cytodiffusion.cli.benches import digest_of
+
+    model = (way.model.weights_sha256, way.budget, way.answers)
+    return digest_of((model, settings, cells.pixels.sha256))
+
+
+def _begun(out: Path, about: str) -> dict[str, Any]:
+    """What was done in OUT before. Raises SettingsError where that was something else."""
+    import json
+
+    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.files import write_json
+
+    path = out / ROUNDS
+    if not path.exists():
+        begun = {"about": about, "rounds": []}
+        write_json(path, begun, "the rounds")
+        return begun
+    begun = dict(json.loads(path.read_text()))
+    if begun.get("about") != about:
+        raise SettingsError(
+            f"{out} was begun with other cells, another model or other settings. Give the same ones to go "
+            "on, or another folder to start anew."
+        )
+    return begun
+
+
+def _kept_seen(path: Path) -> Any:
+    """What was seen of the cells before a round; None where it was not kept."""
+    import numpy as np
+
+    from cytodiffusion.adaptation import Seen
+
+    if not path.exists():
+        return None
+    with np.load(path) as found:
+        return Seen(*(found[name] for name in Seen._fields))
+
+
+def _keep_seen(path: Path, seen: Any) -> None:
+    import numpy as np
+
+    from cytodiffusion.files import whole, writing_to
+
+    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
+        np.savez(file, **seen._asdict())
+
+
+def _train(
+    way: Way, cells: Cells, labels: np.ndarray, settings: TrainSettings, folder: Path,
+    console: Console,
+) -> tuple[Any, float]:  # fmt: skip
+    """One round; returns its denoiser and the seconds it took, of the processor where there is no GPU."""
+    from cytodiffusion.adaptation import begin_round
+    from cytodiffusion.cli.few import fit, spent
+    from cytodiffusion.files import writing_to
+
+    with writing_to(folder):
+        run = begin_round(folder, way.model, cells, labels, settings)
+    console.follow(fit(run), folder.name.replace("-", " "), settings.steps, "steps")
+    denoiser = run.denoiser("ema")
+    run.close()
+    return denoiser, spent(folder)
