@@ -33,7 +33,7 @@ from cytodiffusion.diffusion.precondition import NetworkDenoiser
 from cytodiffusion.train.loop import Run, TrainingSet
 from cytodiffusion.train.settings import TrainSettings
 
-SHARES = (0.5, 0.5, 0.7)  # of the cells of each name, taken for labelled, round by round
+SHARES = (0.5, 0.5)  # of the cells of each name, taken for labelled, round by round
 
 
 class Cells(NamedTuple):

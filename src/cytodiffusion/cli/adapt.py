@@ -58,8 +58,8 @@ def adapt(
     """Learn the look of a laboratory from its cells alone, without a label: OUT/bundle.
 
     The model names the cells, takes the surer half of each name for labels, and is trained on them for a
-    minute or two; three times over. Say with --classes which classes come up. Killed and run again, it
-    goes on. Then: predict INPUT -m OUT/bundle.
+    minute or two; then once more, with the better names. Say with --classes which classes come up. Killed
+    and run again, it goes on. Then: predict INPUT -m OUT/bundle.
     """
     from cytodiffusion.bundle import DEFAULT_MODEL, load
     from cytodiffusion.cli.frames import Asked, take

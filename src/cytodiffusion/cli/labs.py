@@ -318,6 +318,8 @@ def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Seque
     import hashlib
     import time
 
+    import numpy as np
+
     from cytodiffusion.adaptation import SHARES
     from cytodiffusion.classify.adapt import sure_names
     from cytodiffusion.cli.trainings import TUNED, kept, told_by_baseline
@@ -342,17 +344,24 @@ def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Seque
 
     def train() -> Answered:
         told = Answered(baseline.predict_proba(to_tensor(pixels.images)), 0.0, 0)
-        for number, (share, taken) in enumerate(zip(SHARES, seconds, strict=True)):
-            bench.console.note(f"{place.name} on {lab.name}, round {number + 1}: {taken:.0f} s.")
+        for number, (share, spent) in enumerate(zip(SHARES, seconds, strict=True)):
+            bench.console.note(f"{place.name} on {lab.name}, round {number + 1}: {spent:.0f} s.")
             labels = sure_names(told.probabilities, share)
+            taken, named = labels >= 0, np.unique(labels[labels >= 0])
             settings = BaselineSettings(
-                kind=baseline.settings.kind, minutes=taken / 60, balance=FINE_TUNE["balance"],
+                kind=baseline.settings.kind, minutes=spent / 60, balance=FINE_TUNE["balance"],
                 seed=bench.seed + number, weights=place, learning_rates=TUNED,
             )  # fmt: skip
-            told = told_by_baseline(
-                roomy.images[labels >= 0], labels[labels >= 0], lab.answers, preprocess, augmentation,
-                settings, pixels, bench.device,
+            found = told_by_baseline(
+                roomy.images[taken], np.searchsorted(named, labels[taken]),
+                tuple(lab.answers[k] for k in named), preprocess, augmentation, settings, pixels,
+                bench.device,
             )  # fmt: skip
+            probabilities = np.zeros_like(
+                told.probabilities
+            )  # a class that no cell is named is gone
+            probabilities[:, named] = found.probabilities
+            told = replace(found, probabilities=probabilities)
         return told
 
     sha = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
