@@ -2,8 +2,9 @@
 
     python recipes/strangers_abroad.py DATA/raabin DATA/bccd -m pbc8-far
 
-Every second cell of each set is read as `predict` reads the set, by the budget it then takes: as it is, and
-damaged in five ways (evaluate/corruptions.py) before its light is brought to that of training. Prints the
+Every second cell of each set (or all: --every 1) is read as `predict` reads the set, by the budget it then
+takes: as it is, and damaged in five ways (evaluate/corruptions.py) before its light is brought to that of
+training. Prints the
 share flagged `anomalous` with its 95 % interval, and the AUROC of strangeness, damaged cells against whole
 ones. No label is used.
 """
@@ -41,30 +42,32 @@ def main() -> None:
     parser.add_argument("-m", "--model", default="pbc8-far")
     parser.add_argument("--budget", default="balanced")
     parser.add_argument("--match", default="auto", help="as of predict")
+    parser.add_argument("--every", type=int, default=2, help="which of the cells, by their names")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     console, model = Console(as_json=False), load(args.model)
     for folder in args.data:
-        found = strangers(model, folder, args.budget, args.match, args.seed, console)
+        found = strangers(model, folder, args.budget, args.match, args.every, args.seed, console)
         print(json.dumps({"set": folder.name, "model": model.name, "commit": commit(), **found}))
 
 
 def strangers(
-    model: Model, folder: Path, budget: str, match: str, seed: int, console: Console
+    model: Model, folder: Path, budget: str, match: str, every: int, seed: int, console: Console
 ) -> dict[str, object]:
     """What is flagged of one set, whole and damaged: share and its 95 % interval."""
     samples = sorted(read_dataset(folder), key=lambda sample: sample.name)
     fit = fit_frames(samples, model.preprocess, match)
     name = model.classifier.abroad(budget) if fit.abroad else budget
-    some = [replace(sample, label=None) for sample in samples[::2]]
-    preprocess = model.fitted(fit.crop)
+    some = [replace(sample, label=None) for sample in samples[::every]]
+    light = fit.light or model.preprocess.match == "light"
+    preprocess = model.fitted(fit.crop).model_copy(update={"match": "nothing"})
     reading = load_pixels(some, model.classes.names, preprocess, MARGIN, cores(), model.taxonomy)
     cells = console.follow(reading, f"reading {folder.name}", len(some), "images")
-    told = {"whole": _read(model, _shown(model, cells.images, fit.light), cells.digests, name)}
+    told = {"whole": _read(model, _shown(model, cells.images, light), cells.digests, name)}
     for kind in CORRUPTIONS:
         harmed = corrupted(kind, cells.images, cells.digests, cells.images.shape[-1], seed)
-        told[kind] = _read(model, _shown(model, harmed, fit.light), cells.digests, name)
+        told[kind] = _read(model, _shown(model, harmed, light), cells.digests, name)
     whole = told["whole"].anomaly
     count, truth = len(whole), np.repeat([0, 1], len(whole))
     flagged = {kind: reading.flags.count("anomalous") for kind, reading in told.items()}

@@ -71,7 +71,7 @@ def adapt(
     answers = read_answers(classes, loaded.classes)
     console.note(NOTICE)
     asked = Asked(match, crop, "full", model)
-    taken = take(asked, loaded, samples, console, open_answers=answers is None)
+    taken = take(asked, loaded, samples, console, open_answers=answers is None, adapting=True)
     if not taken.fit.abroad:
         console.note(
             f"These cells are not clearly of another laboratory than those that {taken.model.name} was "

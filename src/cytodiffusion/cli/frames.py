@@ -39,13 +39,14 @@ class Taken(NamedTuple):
 
 def take(
     asked: Asked, model: Model, samples: Sequence[Sample], console: Console, out: Path | None = None,
-    open_answers: bool = False,
+    open_answers: bool = False, adapting: bool = False,
 ) -> Taken:  # fmt: skip
     """Decide, and say so. `model` is the one asked for, or the default.
 
     `out`: where cells were named before with the same asked for, what was clearly seen then stays, though
     there may be more cells now. `open_answers`: all classes may come up, and --classes could restrict
-    them. Raises SettingsError, DataError, ModelError.
+    them. `adapting`: the frames are to be learned from, not named.
+    Raises SettingsError, DataError, ModelError.
     """
     from cytodiffusion.bundle import load
     from cytodiffusion.data.match import fit_frames
@@ -60,7 +61,7 @@ def take(
         if fit.abroad and asked.model is None:
             model, fit = _of_abroad(asked, model, fit, samples)
     twin = model.classifier.abroad(asked.budget)
-    _say(asked, fit, named, model.name, twin, open_answers, console)
+    _say(asked, fit, named, model.name, twin, open_answers, adapting, console)
     seen = {name: getattr(fit, name) for name in ("light", "crop", "told", "abroad", "sure")}
     decided = {"asked": asked._asdict(), "seen": seen}
     return Taken(model, twin if fit.abroad else asked.budget, fit, decided)
@@ -81,8 +82,9 @@ def _of_abroad(
 
 
 def _say(
-    asked: Asked, fit: Fit, named: str, model: str, twin: str, open_answers: bool, console: Console
-) -> None:
+    asked: Asked, fit: Fit, named: str, model: str, twin: str, open_answers: bool, adapting: bool,
+    console: Console,
+) -> None:  # fmt: skip
     """What was seen, and what is taken in place of what."""
     from cytodiffusion.bundle import ABROAD_MODEL
 
@@ -98,7 +100,7 @@ def _say(
     instead = []
     if model != named:
         instead.append(f"Model {model} in place of {named} (-m {named} keeps it).")
-    if twin != asked.budget:
+    if twin != asked.budget and not adapting:
         instead.append(
             f"Budget {twin} in place of {asked.budget}: its weights were fitted for such frames. What it "
             "flags as anomalous is not calibrated here: expect more false alarms than one in a hundred."
@@ -106,6 +108,10 @@ def _say(
     if instead and open_answers:
         instead.append(
             "If you know which classes come up, say so with --classes: it then errs far less."
+        )
+    if not adapting:
+        instead.append(
+            "A few hundred of these cells, without labels, teach it their look: cytodiffusion adapt."
         )
     if instead:
         console.note(" ".join(instead))

@@ -70,6 +70,8 @@ def shift(
 ) -> None:
     """Accuracy on cells of other laboratories, step by step, beside baselines. No label of theirs is used.
 
+    The step self-trained makes a model of its own for each set, from its unlabelled cells: minutes each.
+
     OUT/results.json and report.html. Run again, what was trained and measured is not done anew.
     """
     from cytodiffusion.cli.labs import Bench, find_model, list_labs, settings_of
