@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +53,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wanted:
     """How the cells are read."""
 
     budget: str  # one that runs all trials
@@ -69,22 +70,22 @@ def with_denoiser(model: Model, denoiser: NetworkDenoiser) -> Classifier:
     )  # fmt: skip
 
 
-def look(classifier: Classifier, pixels: Pixels, asked: Asked) -> Generator[int, None, Seen]:
+def look(classifier: Classifier, pixels: Pixels, wanted: Wanted) -> Generator[int, None, Seen]:
     """Yield how many cells are measured; returns what is seen of them."""
-    measurement, count = classifier.measurement(asked.budget), len(pixels.digests)
+    measurement, count = classifier.measurement(wanted.budget), len(pixels.digests)
     errors, features = measurement.nothing(classifier.meter, count)
     images = to_tensor(pixels.images)
     for done, (place, *found) in enumerate(
         measurement.stream(
             classifier.meter, range(count),
-            lambda row: (images[row].to(classifier.device), pixels.digests[row]), asked.workers,
+            lambda row: (images[row].to(classifier.device), pixels.digests[row]), wanted.workers,
         ),
         start=1,
     ):  # fmt: skip
         errors[place], features[place] = found
         yield done
-    table = classifier.table(errors, features, pixels.digests, asked.budget)
-    told = classifier.read(table, asked.budget, answers=asked.answers)
+    table = classifier.table(errors, features, pixels.digests, wanted.budget)
+    told = classifier.read(table, wanted.budget, answers=wanted.answers)
     probabilities = np.zeros((count, len(classifier.classes)))
     columns = [classifier.classes.index(name) for name in told.classes]
     probabilities[:, columns] = told.probabilities
@@ -92,7 +93,7 @@ def look(classifier: Classifier, pixels: Pixels, asked: Asked) -> Generator[int,
 
 
 def begin_round(
-    folder: Any, model: Model, cells: Cells, labels: Int[np.ndarray, " n"], settings: TrainSettings
+    folder: Path, model: Model, cells: Cells, labels: Int[np.ndarray, " n"], settings: TrainSettings
 ) -> Run:
     """A training that begins with the model's own weights; goes on where it was cut."""
     weights, names = read_weights(model.folder)
@@ -106,9 +107,9 @@ def labels_of(seen: Seen, number: int) -> Int[np.ndarray, " n"]:
     return sure_names(seen.probabilities, SHARES[number])
 
 
-def budgets_of(model: Model, asked: Asked, seen: Seen) -> dict[str, Budget]:
+def budgets_of(model: Model, wanted: Wanted, seen: Seen) -> dict[str, Budget]:
     """The sequential budgets of the adapted model, under their plain names."""
-    ending = ABROAD if asked.budget.endswith(ABROAD) else ""
+    ending = ABROAD if wanted.budget.endswith(ABROAD) else ""
     return {
         name: beside(model.classifier.budget(name + ending), seen.errors, seen.features)
         for name in BUDGETS
@@ -146,7 +147,7 @@ The card of what it began with:
 
 
 def save_adapted(
-    folder: Any, model: Model, denoiser: NetworkDenoiser, preprocess: Preprocess,
+    folder: Path, model: Model, denoiser: NetworkDenoiser, preprocess: Preprocess,
     budgets: dict[str, Budget], origin: dict[str, Any], answers: Sequence[str] | None,
 ) -> None:  # fmt: skip
     """Write the adapted model's bundle. Raises OutputError."""

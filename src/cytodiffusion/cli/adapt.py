@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from cytodiffusion.adaptation import Cells
+    from cytodiffusion.adaptation import Cells, Seen, Wanted
     from cytodiffusion.bundle import Model
+    from cytodiffusion.classify.classifier import Classifier
     from cytodiffusion.cli.frames import Taken
     from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.sample import Sample
@@ -119,7 +120,7 @@ def adapt_model(
     OUT/rounds.json: how many cells of each class were taken for labelled, and what it took. Raises
     DataError for too few cells, SettingsError where OUT was begun otherwise.
     """
-    import shutil
+    import numpy as np
 
     from cytodiffusion import adaptation
     from cytodiffusion.files import write_json
@@ -127,48 +128,66 @@ def adapt_model(
 
     settings = _settings(way)
     cells = _read(way, samples, settings, console)
-    names = way.model.classes.names
-    about = _about(way, settings, cells)
-    kept = _begun(out, about)
-    if kept["rounds"] and (out / "bundle" / "config.json").exists():
-        return out / "bundle"
-    asked = adaptation.Asked(way.budget, way.answers, cores())
-    classifier = way.model.classifier
-    for number in range(len(adaptation.SHARES) + 1):
-        place = out / f"named-{number}.npz"
-        seen = _kept_seen(place)
-        if seen is None:
-            work = adaptation.look(classifier, cells.pixels, asked)
-            seen = console.follow(work, "naming", len(cells.pixels.digests), "cells")
-            _keep_seen(place, seen)
-        if number == len(adaptation.SHARES):
-            break
+    kept, bundle = _begun(out, _about(way, settings, cells)), out / "bundle"
+    if (bundle / "config.json").exists():
+        _tidy(out)
+        return bundle
+    wanted, classifier = adaptation.Wanted(way.budget, way.answers, cores()), way.model.classifier
+    seen = _look(classifier, cells, wanted, out / "named-0.npz", console)
+    for number in range(len(adaptation.SHARES)):
         labels = adaptation.labels_of(seen, number)
-        run_folder = out / f"round-{number + 1}"
-        denoiser, seconds = _train(way, cells, labels, settings, run_folder, console)
-        classifier = adaptation.with_denoiser(way.model, denoiser)
+        counts = np.bincount(labels[labels >= 0], minlength=len(way.model.classes)).tolist()
+        named = {name: n for name, n in zip(way.model.classes, counts, strict=True) if n}
+        told = ", ".join(f"{name} {n}" for name, n in named.items())
+        console.note(f"Round {number + 1} learns from {told}.")
+        folder = out / f"round-{number + 1}"
+        denoiser, seconds = _train(way, cells, labels, settings, folder, console)
         if len(kept["rounds"]) == number:
-            counts = {name: int((labels == k).sum()) for k, name in enumerate(names)}
-            kept["rounds"].append({"taken_for_labelled": counts, "seconds": round(seconds, 1)})
+            kept["rounds"].append({"taken_for_labelled": named, "seconds": round(seconds, 1)})
             write_json(out / ROUNDS, kept, "the rounds")
-        told = ", ".join(
-            f"{name} {n}" for name, n in kept["rounds"][number]["taken_for_labelled"].items() if n
-        )
-        console.note(f"Round {number + 1}: learned from {told}.")
+        classifier = adaptation.with_denoiser(way.model, denoiser)
+        seen = _look(classifier, cells, wanted, out / f"named-{number + 1}.npz", console)
     origin = way.model.config["origin"] | {
         "recipe": "cytodiffusion adapt", "commit": commit(), "seed": way.seed, "name": out.resolve().name,
         "start": way.model.name, "data": data, "cells": len(cells.pixels.digests),
         "rounds": len(adaptation.SHARES), "steps": settings.steps, "cells_sha256": cells.pixels.sha256,
         "changes": list(way.changes),
     }  # fmt: skip
-    budgets = adaptation.budgets_of(way.model, asked, seen)
+    budgets = adaptation.budgets_of(way.model, wanted, seen)
     adaptation.save_adapted(
-        out / "bundle", way.model, denoiser, way.preprocess, budgets, origin, way.answers
+        bundle, way.model, denoiser, way.preprocess, budgets, origin, way.answers
     )
-    for number in range(len(adaptation.SHARES) + 1):
-        shutil.rmtree(out / f"round-{number + 1}", ignore_errors=True)
-        (out / f"named-{number}.npz").unlink()
-    return out / "bundle"
+    _tidy(out)
+    return bundle
+
+
+def _look(
+    classifier: Classifier, cells: Cells, wanted: Wanted, path: Path, console: Console
+) -> Seen:
+    """What is seen of the cells, or was before a cut."""
+    import numpy as np
+
+    from cytodiffusion.adaptation import Seen, look
+    from cytodiffusion.files import whole, writing_to
+
+    if path.exists():
+        with np.load(path) as found:
+            return Seen(*(found[name] for name in Seen._fields))
+    work = look(classifier, cells.pixels, wanted)
+    seen = console.follow(work, "naming", len(cells.pixels.digests), "cells")
+    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
+        np.savez(file, **seen._asdict())
+    return seen
+
+
+def _tidy(out: Path) -> None:
+    """Take away what is needed only to go on after a cut."""
+    import shutil
+
+    for folder in out.glob("round-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in out.glob("named-*.npz"):
+        path.unlink()
 
 
 def read_rounds(out: Path) -> dict[str, Any]:
@@ -247,27 +266,6 @@ def _begun(out: Path, about: str) -> dict[str, Any]:
             "on, or another folder to start anew."
         )
     return begun
-
-
-def _kept_seen(path: Path) -> Any:
-    """What was seen of the cells before a round; None where it was not kept."""
-    import numpy as np
-
-    from cytodiffusion.adaptation import Seen
-
-    if not path.exists():
-        return None
-    with np.load(path) as found:
-        return Seen(*(found[name] for name in Seen._fields))
-
-
-def _keep_seen(path: Path, seen: Any) -> None:
-    import numpy as np
-
-    from cytodiffusion.files import whole, writing_to
-
-    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
-        np.savez(file, **seen._asdict())
 
 
 def _train(
