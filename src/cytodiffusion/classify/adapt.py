@@ -3,7 +3,7 @@
     em_prior     how often each class comes up, from the batch itself (Saerens et al. 2002)
     centred      every class the same mean logit over the batch
     sure_names   the surer of the names, class by class, to be trained on (Zou et al. 2018)
-    beside       strangeness in units of the batch
+    beside       strangeness beside the cells of the batch
 
 The first two assume something of the batch that cannot be checked without labels: that the likelihoods
 still hold, and that all classes are about as frequent. Where a model errs much, and for one class
@@ -22,9 +22,10 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float, Int
 
+from cytodiffusion.classify.anomaly import Cells
 from cytodiffusion.classify.calibrate import change_prior
 from cytodiffusion.classify.classifier import Budget
-from cytodiffusion.classify.sequential import Depth, Sequence, replay
+from cytodiffusion.classify.sequential import Sequence
 from cytodiffusion.types import UNLABELLED
 
 ROUNDS = 1000  # of EM, at most
@@ -66,24 +67,16 @@ def sure_names(probabilities: Float[np.ndarray, "n k"], share: float) -> Int[np.
 def beside(
     budget: Budget, errors: Float[np.ndarray, "n t k1"], features: Float[np.ndarray, "n f"] | None
 ) -> Budget:
-    """A sequential budget with strangeness in units of these cells, of which all trials were measured.
+    """A sequential budget whose strangeness is told beside these cells, of which all trials were measured.
 
-    p-values are then beside these cells: about one in a hundred of them is flagged as anomalous.
+    p-values stay those of the calibration cells: how many of those were as strange among their own.
     """
-    reader = budget.reader
+    reader, usual = budget.reader, float(np.median(budget.held.anomaly))
     assert isinstance(reader, Sequence)
-    depths, logits, scores = list[Depth](), [], []
+    depths = []
     for count, depth in enumerate(reader.depths, start=1):
         seen = errors[:, :count]
-        told = depth.posterior.probabilities(seen[:, :, :-1])
-        anomalies = depth.anomalies.beside(seen, told, features)
-        depths.append(replace(depth, anomalies=anomalies))
-        logits.append(depth.posterior.logits(seen[:, :, :-1]))
-        scores.append(anomalies.anomaly(seen, told, features))
-    strange = [each > depth.anomalies.limit for each, depth in zip(scores, depths, strict=True)]
-    gates = tuple(depth.gate for depth in depths)
-    ended = replay(np.stack(logits, axis=1), np.stack(strange, axis=1), gates, reader.rule).whole
-    anomaly = np.stack(scores, axis=1)[np.arange(len(errors)), ended - 1]
+        cells = Cells(seen, depth.posterior.probabilities(seen[:, :, :-1]), features)
+        depths.append(replace(depth, anomalies=depth.anomalies.beside(cells, usual)))
     sequence = replace(reader, depths=tuple(depths))
-    held = replace(budget.held, anomaly=anomaly)
-    return replace(budget, reader=sequence, policy=sequence, held=held)
+    return replace(budget, reader=sequence, policy=sequence)

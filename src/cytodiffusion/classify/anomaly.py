@@ -34,9 +34,11 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.optimize import brentq
 from sklearn.covariance import LedoitWolf
+from sklearn.model_selection import KFold
 
-from cytodiffusion.classify.calibrate import folds
+from cytodiffusion.classify.calibrate import FOLDS, folds
 from cytodiffusion.errors import DataError
 
 QUANTILE = 0.95
@@ -67,6 +69,32 @@ class AnomalyModel:
         Features are passed over where the model was fitted without. Raises DataError where it was fitted
         with features and there are none.
         """
+        return distance(self.pattern(errors, features), self.means, self.precision)
+
+    def beside(self, cells: Cells, usual: float) -> AnomalyModel:
+        """The same for cells of another laboratory, which their `probabilities` name.
+
+        Class means are those of these cells, and the unit of a1 is such that the median of their anomaly is
+        `usual`; the covariance stays. So a tenth of them may be strange without much harm. Classes that
+        fewer than two cells are named are not known any more.
+        """
+        g, named = self.pattern(cells.errors, cells.features), cells.probabilities.argmax(1)
+        near, doubts = np.zeros(len(g)), doubt(cells.probabilities)
+        for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(g):
+            near[held] = distance(g[held], _means(g[fit], named[fit]), self.precision)
+        units = _units(near, doubts)
+
+        def over(unit: float) -> float:
+            units[0] = unit
+            return float(np.median(squash(near, doubts, units))) - usual
+
+        units[0] = brentq(over, 1e-3 * units[0], 1e3 * units[0])
+        return replace(self, means=_means(g, named), units=units)
+
+    def pattern(
+        self, errors: Float[np.ndarray, "m t k1"], features: Float[np.ndarray, "m f"] | None
+    ) -> Float[np.ndarray, "m g"]:
+        """The pattern of errors, and of features where the model was fitted with them. Raises DataError."""
         trials, columns = errors.shape[1:]
         g = pattern(errors, None if self.means.shape[1] == trials * columns else features)
         if g.shape[1] != self.means.shape[1]:
@@ -74,17 +102,13 @@ class AnomalyModel:
                 "These errors were kept without the network's features, by which this model also judges "
                 "how strange a cell is. Measure the cells again."
             )
-        return distance(g, self.means, self.precision)
+        return g
 
-    def beside(
-        self, errors: Float[np.ndarray, "m t k1"], probabilities: Float[np.ndarray, "m k"],
-        features: Float[np.ndarray, "m f"] | None = None,
-    ) -> AnomalyModel:  # fmt: skip
-        """The same patterns, with both scores in units of these cells, whatever they are."""
-        near, doubts = self.distance(errors, features), doubt(probabilities)
-        units = _units(near, doubts)
-        limit = float(np.quantile(squash(near, doubts, units), QUANTILE))
-        return replace(self, units=units, limit=limit)
+
+def _means(g: Float[np.ndarray, "m f"], named: Int[np.ndarray, " m"]) -> Float[np.ndarray, "k f"]:
+    """Mean of each class that two cells or more are named; of all where there is none."""
+    found = [g[named == k].mean(0) for k in np.unique(named) if (named == k).sum() > 1]
+    return np.stack(found or [g.mean(0)])
 
 
 def _units(
