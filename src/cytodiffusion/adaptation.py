@@ -5,8 +5,8 @@
 Self-training in rounds. Every round begins with the weights of the model that is adapted, so that it
 learns from better names, not for longer; the cells that are named less surely train "any cell" alone.
 How errors are read, probabilities, sets and when to stop, stays as the model's budgets for other
-laboratories have it. Strangeness alone is told anew, beside these cells, since the trunk moved: that assumes
-that nine in ten of them are cells of the known classes.
+laboratories have it. Strangeness alone is told anew, beside these cells, since the trunk moved: most of
+them, nine in ten say, must be cells of the known classes.
 
 What a model is surely wrong about it learns to be wrong about: one class named for another stays so.
 
@@ -136,8 +136,8 @@ CARD = """# {name}
   among the cells may have taken over part of another.
 * Probabilities and sets are read as {model} reads cells of other laboratories, fitted on changed cells
   of its own laboratory, not on these.
-* `anomalous` is what is far from the cells that it was adapted to: it is meant for cells of that laboratory,
-  and for no other. If more than about a tenth of them were none of its classes, fewer strangers are flagged.
+* `anomalous` is what is far from the cells that it was adapted to: it is meant for that laboratory, and for
+  no other. If more than about a tenth of them were none of its classes, fewer strangers are flagged.
 
 The card of what it began with:
 
