@@ -46,6 +46,8 @@ def adapt(
     out: Out,
     model: ModelOrAuto = None,
     classes: Answers = None,
+    splits: Annotated[Path | None, typer.Option(help="CSV with path,label,split.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split to learn from.")] = None,
     crop: Crop = None,
     match: Match = "auto",
     change: Annotated[
@@ -67,7 +69,7 @@ def adapt(
     from cytodiffusion.data.readers import read_dataset
 
     console = Console(json)
-    samples = read_dataset(source)
+    samples = read_dataset(source, splits=splits, split=split)
     loaded = load(model or DEFAULT_MODEL, pick_device(device), engine="torch")
     answers = read_answers(classes, loaded.classes)
     console.note(NOTICE)
