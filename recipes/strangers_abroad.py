@@ -2,10 +2,9 @@
 
     python recipes/strangers_abroad.py DATA/raabin DATA/bccd -m pbc8-far
 
-Every second cell of each set (or all: --every 1) is read as `predict` reads the set, by the budget it then
-takes: as it is, and damaged in five ways (evaluate/corruptions.py) before its light is brought to that of
-training. Prints the
-share flagged `anomalous` with its 95 % interval, and the AUROC of strangeness, damaged cells against whole
+Every second cell of each set, or one split of a set (--splits, --split), is read as `predict` reads the set,
+by the budget it then takes: as it is, and damaged in five ways (evaluate/corruptions.py) before its light is
+brought to that of training. Prints the share flagged `anomalous` with its 95 % interval, and the AUROC of strangeness, damaged cells against whole
 ones. No label is used.
 """
 
@@ -29,6 +28,7 @@ from cytodiffusion.data.look import matched
 from cytodiffusion.data.match import fit_frames
 from cytodiffusion.data.pixels import load_pixels
 from cytodiffusion.data.readers import read_dataset
+from cytodiffusion.data.sample import Sample
 from cytodiffusion.evaluate.corruptions import CORRUPTIONS, corrupted
 from cytodiffusion.evaluate.intervals import binomial_interval
 from cytodiffusion.release import commit
@@ -42,28 +42,30 @@ def main() -> None:
     parser.add_argument("-m", "--model", default="pbc8-far")
     parser.add_argument("--budget", default="balanced")
     parser.add_argument("--match", default="auto", help="as of predict")
-    parser.add_argument("--every", type=int, default=2, help="which of the cells, by their names")
+    parser.add_argument("--splits", type=Path, help="CSV with path,label,split, of one set")
+    parser.add_argument("--split", help="which split")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     console, model = Console(as_json=False), load(args.model)
     for folder in args.data:
-        found = strangers(model, folder, args.budget, args.match, args.every, args.seed, console)
+        samples = read_dataset(folder, splits=args.splits, split=args.split)
+        samples = sorted(samples, key=lambda sample: sample.name)[:: 1 if args.splits else 2]
+        found = strangers(model, samples, args.budget, args.match, args.seed, console)
         print(json.dumps({"set": folder.name, "model": model.name, "commit": commit(), **found}))
 
 
 def strangers(
-    model: Model, folder: Path, budget: str, match: str, every: int, seed: int, console: Console
+    model: Model, samples: list[Sample], budget: str, match: str, seed: int, console: Console
 ) -> dict[str, object]:
-    """What is flagged of one set, whole and damaged: share and its 95 % interval."""
-    samples = sorted(read_dataset(folder), key=lambda sample: sample.name)
+    """What is flagged of these cells, whole and damaged: share and its 95 % interval."""
     fit = fit_frames(samples, model.preprocess, match)
     name = model.classifier.abroad(budget) if fit.abroad else budget
-    some = [replace(sample, label=None) for sample in samples[::every]]
+    some = [replace(sample, label=None) for sample in samples]
     light = fit.light or model.preprocess.match == "light"
     preprocess = model.fitted(fit.crop).model_copy(update={"match": "nothing"})
     reading = load_pixels(some, model.classes.names, preprocess, MARGIN, cores(), model.taxonomy)
-    cells = console.follow(reading, f"reading {folder.name}", len(some), "images")
+    cells = console.follow(reading, "reading", len(some), "images")
     told = {"whole": _read(model, _shown(model, cells.images, light), cells.digests, name)}
     for kind in CORRUPTIONS:
         harmed = corrupted(kind, cells.images, cells.digests, cells.images.shape[-1], seed)
