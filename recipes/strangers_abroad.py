@@ -2,10 +2,10 @@
 
     python recipes/strangers_abroad.py DATA/raabin DATA/bccd -m pbc8-far
 
-Every second cell of each set, or one split of a set (--splits, --split), is read as `predict` reads the set,
-by the budget it then takes: as it is, and damaged in five ways (evaluate/corruptions.py) before its light is
-brought to that of training. Prints the share flagged `anomalous` with its 95 % interval, and the AUROC of strangeness, damaged cells against whole
-ones. No label is used.
+Every second cell of each set, or those of a split (--splits, --split), is read as `predict` reads the set,
+by the budget it then takes: as it is, and damaged in five ways (evaluate/corruptions.py) before its light
+is brought to that of training. Prints the share flagged `anomalous`, its 95 % interval, and the AUROC of
+strangeness, damaged cells against whole ones. No label is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cytodiffusion.classify.classifier import Reading
 from cytodiffusion.cli.console import Console, cores
 from cytodiffusion.data.images import to_tensor
 from cytodiffusion.data.look import matched
-from cytodiffusion.data.match import fit_frames
+from cytodiffusion.data.match import Fit, fit_frames
 from cytodiffusion.data.pixels import load_pixels
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import Sample
@@ -49,17 +49,19 @@ def main() -> None:
     torch.set_num_threads(1)
     console, model = Console(as_json=False), load(args.model)
     for folder in args.data:
-        samples = read_dataset(folder, splits=args.splits, split=args.split)
-        samples = sorted(samples, key=lambda sample: sample.name)[:: 1 if args.splits else 2]
-        found = strangers(model, samples, args.budget, args.match, args.seed, console)
+        every = sorted(read_dataset(folder), key=lambda sample: sample.name)
+        fit = fit_frames(every, model.preprocess, args.match)
+        chosen = every[::2]
+        if args.splits:
+            chosen = list(read_dataset(folder, splits=args.splits, split=args.split))
+        found = strangers(model, chosen, fit, args.budget, args.seed, console)
         print(json.dumps({"set": folder.name, "model": model.name, "commit": commit(), **found}))
 
 
 def strangers(
-    model: Model, samples: list[Sample], budget: str, match: str, seed: int, console: Console
+    model: Model, samples: list[Sample], fit: Fit, budget: str, seed: int, console: Console
 ) -> dict[str, object]:
     """What is flagged of these cells, whole and damaged: share and its 95 % interval."""
-    fit = fit_frames(samples, model.preprocess, match)
     name = model.classifier.abroad(budget) if fit.abroad else budget
     some = [replace(sample, label=None) for sample in samples]
     light = fit.light or model.preprocess.match == "light"
