@@ -37,7 +37,7 @@ from cytodiffusion.evaluate.published import (
     Published,
     Style,
 )
-from cytodiffusion.evaluate.shift import MEAN
+from cytodiffusion.evaluate.shift import MEAN, TRAINED
 
 Values = Mapping[str, Any]
 Cell = str | Figure | None
@@ -208,29 +208,40 @@ def _scored(row: Values) -> str:
 
 
 def shift(values: Values) -> Findings:
-    """What `predict` does, on the mean of foreign sets; trained on one set, and on all sets but one."""
+    """What `predict` does, on the mean of foreign sets; self-trained; trained on all sets but one."""
     rows, sets = values["rows"], sets_of(values)
     table: dict[str, dict[str, Values]] = {}
     for row in rows:
         table.setdefault(row["method"], {})[row["set"]] = row
     mine = [name for name in table if name.startswith(f"{values['model']}, ")]
     matched = f"{values['model']}, abroad"
-    rivals = [name for name in table if name not in mine and LEFT_OUT not in name]
+    others = [name for name in table if name not in mine and LEFT_OUT not in name]
+    rivals = [name for name in others if not name.endswith(TRAINED)]
     left = [name for name in table if LEFT_OUT in name]
     same = _has(sets, "raabin", "lisc")
     why = [*([] if same else [f"other sets: {', '.join(sets)}"]), PRETRAINED]
     asked = [
-        ("Does it work in other laboratories?", matched if matched in mine else mine[0], rivals)
+        (
+            "Does it work in other laboratories?",
+            matched if matched in mine else mine[0],
+            rivals,
+            why,
+        )
     ]
+    if (own := f"{values['model']}, {TRAINED}") in mine:
+        learned = [*why, "it learns from the foreign cells, without their labels"]
+        same_kind = [name for name in others if name not in rivals]
+        asked.append(("And if it learns from their unlabelled cells?", own, same_kind, learned))
     if left:
         own = f"{OURS}, {LEFT_OUT}, abroad"
-        asked.append(("And trained on all sets but one?", own, [n for n in left if n != own]))
+        asked.append(("And trained on all sets but one?", own, [n for n in left if n != own], why))
     lines = []
-    for question, name, others in asked:
-        best = _best([table[other][MEAN] for other in others], "accuracy")
+    for question, name, against, reasons in asked:
+        best = _best([table[other][MEAN] for other in against], "accuracy")
         lines.append(Line(
             f"{question} (accuracy, {MEAN})", take(table[name][MEAN], "accuracy", of=name),
-            take(best, "accuracy", of=best["method"] if best else ""), SHIFT, same, why,
+            take(best, "accuracy", of=best["method"] if best else ""), SHIFT,
+            same and reasons is why, reasons,
         ))  # fmt: skip
     names = list(dict.fromkeys(row["set"] for row in rows))
     return Findings(
