@@ -16,7 +16,7 @@ round as in Lee 2013, pseudo-labels.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,24 +118,25 @@ def budgets_of(model: Model, wanted: Wanted, seen: Seen) -> dict[str, Budget]:
 
 CARD = """# {name}
 
-{model}, adapted to {cells:,} cells of another laboratory, without a label of theirs.
+{start}, adapted to {train_images:,} cells of another laboratory, without a label of theirs.
 
 **Research use only. Not a medical device; not for diagnosis.**
 
 | | |
 |---|---|
-| begun with | {model} |
-| cells | {data}, {cells:,} that could be read |
-| made by | cytodiffusion adapt, commit {commit}, seed {seed}, {rounds} rounds of {steps:,} steps |
+| begun with | {start} |
+| cells | {data}, {train_images:,} that could be read |
+| made by | {recipe}, commit {commit}, seed {seed}, {count} rounds of {steps:,} steps |
 | answers | {answers} |
 
 ## What to know
 
 * Nobody has told it whether these names are right. Label some cells and run `cytodiffusion evaluate`.
-* What {model} was surely wrong about, it has learned to be wrong about. A class that hardly comes up
-  among the cells may have taken over part of another.
-* Probabilities and sets are read as {model} reads cells of other laboratories, fitted on changed cells
-  of its own laboratory, not on these.
+* It has learned to name {answers}, and hardly names anything else any more. What {start} was surely
+  wrong about, it has learned to be wrong about: a class that hardly comes up among the cells may have taken
+  over part of another.
+* Probabilities and sets are read as {start} reads {whose} (`{budget}` and the like);
+  nobody has measured them here.
 * `anomalous` is what is far from the cells that it was adapted to: it is meant for that laboratory, and for
   no other. If more than about a tenth of them were none of its classes, fewer strangers are flagged.
 
@@ -144,24 +145,35 @@ The card of what it began with:
 ---
 
 {before}"""
+ABROAD_CELLS = "cells of other laboratories, fitted on changed cells of its own"
+HOME_CELLS = "cells of its own laboratory"
 
 
 def save_adapted(
-    folder: Path, model: Model, denoiser: NetworkDenoiser, preprocess: Preprocess,
-    budgets: dict[str, Budget], origin: dict[str, Any], answers: Sequence[str] | None,
+    folder: Path, name: str, model: Model, denoiser: NetworkDenoiser, preprocess: Preprocess,
+    wanted: Wanted, seen: Seen, origin: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the adapted model's bundle. Raises OutputError."""
-    texts = {name: (model.folder / name).read_text() for name in ("LICENSE", "data_license.txt")}
-    before = (model.folder / "card.md").read_text()
-    card = CARD.format(
-        model=model.name, before=before, answers=", ".join(answers or model.classes.names), **origin
-    )
+    """Write the bundle of a model that was adapted, by `seen` of it. Raises OutputError.
+
+    `origin` says where it came from; what the model itself came from is kept under `before`.
+    """
+    texts = {
+        one: (model.folder / one).read_text() for one in ("card.md", "LICENSE", "data_license.txt")
+    }
+    origin = origin | {
+        "start": model.name, "start_sha256": model.weights_sha256, "budget": wanted.budget,
+        "answers": list(wanted.answers or model.classes.names), "before": model.config["origin"],
+    }  # fmt: skip
+    whose = ABROAD_CELLS if wanted.budget.endswith(ABROAD) else HOME_CELLS
+    told = {"answers": ", ".join(origin["answers"]), "before": texts["card.md"]}
+    card = CARD.format(name=name, whose=whose, count=len(origin["rounds"]), **origin | told)
     unsaid = f"\nThe cells it was adapted to ({origin['data']}): no licence has been stated for them yet.\n"
     save_bundle(
         folder,
         Parts(
-            name=origin["name"], denoiser=denoiser, classes=model.classes, preprocess=preprocess,
-            budgets=budgets, taxonomy=model.taxonomy, card=card, license=texts["LICENSE"],
-            data_license=texts["data_license.txt"] + unsaid, origin=origin, space=model.space,
+            name=name, denoiser=denoiser, classes=model.classes, preprocess=preprocess,
+            budgets=budgets_of(model, wanted, seen), taxonomy=model.taxonomy, card=card,
+            license=texts["LICENSE"], data_license=texts["data_license.txt"] + unsaid, origin=origin,
+            space=model.space,
         ),
     )  # fmt: skip

@@ -102,6 +102,12 @@ class Model:
         """sha256 of model.safetensors, as released."""
         return str(json.loads((self.folder / "checksums.json").read_text())["model.safetensors"])
 
+    @property
+    def files_sha256(self) -> tuple[str, str]:
+        """sha256 of the weights and of the calibration: what decides all answers."""
+        sums = json.loads((self.folder / CHECKSUMS).read_text())
+        return str(sums["model.safetensors"]), str(sums["calibration.json"])
+
     def fitted(self, crop: float | None = None, light: bool = False) -> Preprocess:
         """The bundle's preprocessing, with another centre crop (1: the whole image), or light matched."""
         change: dict[str, Any] = {"crop": crop} if crop else {}

@@ -75,8 +75,8 @@ class AnomalyModel:
         """The same for cells of another laboratory, which their `probabilities` name.
 
         Class means are those of these cells, and the unit of a1 is such that the median of their anomaly is
-        `usual`; the covariance stays. So a tenth of them may be strange without much harm. Classes that
-        fewer than two cells are named are not known any more.
+        `usual`, where there is such a unit; the covariance stays. So a tenth of them may be strange without
+        much harm. Classes that fewer than two cells are named are not known any more.
         """
         g, named = self.pattern(cells.errors, cells.features), cells.probabilities.argmax(1)
         near, doubts = np.zeros(len(g)), doubt(cells.probabilities)
@@ -85,10 +85,12 @@ class AnomalyModel:
         units = _units(near, doubts)
 
         def over(unit: float) -> float:
-            units[0] = unit
-            return float(np.median(squash(near, doubts, units))) - usual
+            there = np.append(unit, units[1:])
+            return float(np.median(squash(near, doubts, there))) - usual
 
-        units[0] = brentq(over, 1e-3 * units[0], 1e3 * units[0])
+        ends = 1e-3 * units[0], 1e3 * units[0]
+        if over(ends[0]) > 0 > over(ends[1]):
+            units[0] = brentq(over, *ends)
         return replace(self, means=_means(g, named), units=units)
 
     def pattern(

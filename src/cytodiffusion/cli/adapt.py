@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from cytodiffusion.train.settings import TrainSettings
 
 LEAST = 50  # cells
-ROUNDS = "rounds.json"
+FEW = 5  # cells of a name that are taken for labelled, below which it is said
+RECORD = "rounds.json"
+WORK = "work"  # what is needed only to go on after a cut
+FIXED = ("preprocess", "network", "sigma_data", "seed")  # settings that --set cannot change here
 
 
 def adapt(
@@ -61,8 +64,8 @@ def adapt(
     """Learn the look of a laboratory from its cells alone, without a label: OUT/bundle.
 
     The model names the cells, takes the surer half of each name for labels, and is trained on them for a
-    minute or two; then once more, with the better names. Say with --classes which classes come up. Killed
-    and run again, it goes on. Then: predict INPUT -m OUT/bundle.
+    minute or two; then once more, with the better names. Say with --classes which classes come up: it
+    forgets the others. Killed and run again, it goes on. Then: predict INPUT -m OUT/bundle.
     """
     from cytodiffusion.bundle import DEFAULT_MODEL, load
     from cytodiffusion.cli.frames import Asked, take
@@ -75,19 +78,21 @@ def adapt(
     console.note(NOTICE)
     asked = Asked(match, crop, "full", model)
     taken = take(asked, loaded, samples, console, open_answers=answers is None, adapting=True)
-    if not taken.fit.abroad:
+    budget = taken.model.classifier.abroad("full") if taken.fit.light else taken.budget
+    if match == "auto" and not taken.fit.abroad:
         console.note(
             f"These cells are not clearly of another laboratory than those that {taken.model.name} was "
             "trained on: adapting to them may cost more than it brings."
         )
-    way = Way(
-        taken.model, _settled(taken, samples), taken.budget, answers,
-        tuple(change or ()), seed,
-    )  # fmt: skip
+    way = Way(taken.model, _settled(taken, samples), budget, answers, tuple(change or ()), seed)
+    there = (out / "bundle").exists()
     bundle = adapt_model(way, samples, out, source.resolve().name, console)
+    told = f"{bundle} was made before." if there else f"Wrote {bundle}."
+    if answers:
+        told += f" It hardly names anything but {', '.join(answers)}."
     console.result(
-        {"bundle": str(bundle), **read_rounds(out)},
-        f"Wrote {bundle}. Try: cytodiffusion predict {source} -m {bundle} -o {out / 'cells'}",
+        {"bundle": str(bundle), "rounds": read_rounds(out)},
+        f"{told} Try: cytodiffusion predict {source} -m {bundle} -o {out / 'cells'}",
     )
     if console.unread:
         raise typer.Exit(1)
@@ -122,7 +127,7 @@ def adapt_model(
     OUT/rounds.json: how many cells of each class were taken for labelled, and what it took. Raises
     DataError for too few cells, SettingsError where OUT was begun otherwise.
     """
-    import numpy as np
+    import shutil
 
     from cytodiffusion import adaptation
     from cytodiffusion.files import write_json
@@ -132,35 +137,48 @@ def adapt_model(
     cells = _read(way, samples, settings, console)
     kept, bundle = _begun(out, _about(way, settings, cells)), out / "bundle"
     if (bundle / "config.json").exists():
-        _tidy(out)
+        shutil.rmtree(out / WORK, ignore_errors=True)
         return bundle
     wanted, classifier = adaptation.Wanted(way.budget, way.answers, cores()), way.model.classifier
-    seen = _look(classifier, cells, wanted, out / "named-0.npz", console)
+    seen = _look(classifier, cells, wanted, out / WORK / "named-0.npz", console)
     for number in range(len(adaptation.SHARES)):
         labels = adaptation.labels_of(seen, number)
-        counts = np.bincount(labels[labels >= 0], minlength=len(way.model.classes)).tolist()
-        named = {name: n for name, n in zip(way.model.classes, counts, strict=True) if n}
-        told = ", ".join(f"{name} {n}" for name, n in named.items())
-        console.note(f"Round {number + 1} learns from {told}.")
-        folder = out / f"round-{number + 1}"
+        named = _counts(way, labels, number, console)
+        folder = out / WORK / f"round-{number + 1}"
         denoiser, seconds = _train(way, cells, labels, settings, folder, console)
         if len(kept["rounds"]) == number:
             kept["rounds"].append({"taken_for_labelled": named, "seconds": round(seconds, 1)})
-            write_json(out / ROUNDS, kept, "the rounds")
+            write_json(out / RECORD, kept, "the rounds")
         classifier = adaptation.with_denoiser(way.model, denoiser)
-        seen = _look(classifier, cells, wanted, out / f"named-{number + 1}.npz", console)
-    origin = way.model.config["origin"] | {
-        "recipe": "cytodiffusion adapt", "commit": commit(), "seed": way.seed, "name": out.resolve().name,
-        "start": way.model.name, "data": data, "cells": len(cells.pixels.digests),
-        "rounds": len(adaptation.SHARES), "steps": settings.steps, "cells_sha256": cells.pixels.sha256,
-        "changes": list(way.changes),
+        seen = _look(
+            classifier, cells, wanted, folder.with_name(f"named-{number + 1}.npz"), console
+        )
+    origin = {
+        "recipe": "cytodiffusion adapt", "commit": commit(), "seed": way.seed, "steps": settings.steps,
+        "data": data, "train_images": len(cells.pixels.digests), "cells_sha256": cells.pixels.sha256,
+        "changes": list(way.changes), "rounds": kept["rounds"],
     }  # fmt: skip
-    budgets = adaptation.budgets_of(way.model, wanted, seen)
     adaptation.save_adapted(
-        bundle, way.model, denoiser, way.preprocess, budgets, origin, way.answers
+        bundle, out.resolve().name, way.model, denoiser, way.preprocess, wanted, seen, origin
     )
-    _tidy(out)
+    shutil.rmtree(out / WORK, ignore_errors=True)
     return bundle
+
+
+def _counts(way: Way, labels: np.ndarray, number: int, console: Console) -> dict[str, int]:
+    """How many cells of each class a round learns from; said, and where they are few too."""
+    import numpy as np
+
+    counts = np.bincount(labels[labels >= 0], minlength=len(way.model.classes)).tolist()
+    named = {name: n for name, n in zip(way.model.classes, counts, strict=True) if n}
+    told = ", ".join(f"{name} {n}" for name, n in named.items())
+    console.note(f"Round {number + 1} learns from {told}.")
+    if few := [name for name, n in named.items() if n < FEW]:
+        console.note(
+            f"So few may all be named wrongly: {', '.join(few)}. A class that does not come up there takes "
+            "over part of another; leave it out with --classes."
+        )
+    return named
 
 
 def _look(
@@ -168,6 +186,7 @@ def _look(
 ) -> Seen:
     """What is seen of the cells, or was before a cut."""
     import numpy as np
+    import torch
 
     from cytodiffusion.adaptation import Seen, look
     from cytodiffusion.files import whole, writing_to
@@ -175,8 +194,11 @@ def _look(
     if path.exists():
         with np.load(path) as found:
             return Seen(*(found[name] for name in Seen._fields))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one for each worker
     work = look(classifier, cells.pixels, wanted)
     seen = console.follow(work, "naming", len(cells.pixels.digests), "cells")
+    torch.set_num_threads(threads)
     with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
         np.savez(file, **seen._asdict())
     return seen
@@ -192,24 +214,33 @@ def _tidy(out: Path) -> None:
         path.unlink()
 
 
-def read_rounds(out: Path) -> dict[str, Any]:
-    """What the rounds learned from, and took."""
-    import json
+def read_rounds(out: Path) -> list[dict[str, Any]]:
+    """What each round learned from, and the seconds it took."""
+    return list(_read_record(out / RECORD)["rounds"])
 
-    return {"rounds": json.loads((out / ROUNDS).read_text())["rounds"]}
+
+def why_not(model: Model) -> str:
+    """Why a model cannot be adapted; nothing where it can."""
+    if model.classifier.together and model.config["network"] == "compact":
+        return ""
+    return (
+        f"'{model.name}' cannot be adapted: it takes a compact network with a head for each class."
+    )
 
 
 def _settings(way: Way) -> TrainSettings:
-    """Raises SettingsError for a network that it cannot be done with."""
+    """Raises SettingsError for a network that it cannot be done with, or a setting that is decided."""
     from cytodiffusion.cli.train import settings_from
     from cytodiffusion.errors import SettingsError
 
-    changes = [*way.changes, f"seed={way.seed}"]
-    if not way.model.classifier.together or way.model.config["network"] != "compact":
-        raise SettingsError(
-            f"'{way.model.name}' cannot be adapted: it takes a compact network with a head for each class."
-        )
-    settings = settings_from("fine-tune", changes, str(way.model.folder))
+    if problem := why_not(way.model):
+        raise SettingsError(f"{problem} pbc8-far can be (-m).")
+    for change in way.changes:
+        if (name := change.partition("=")[0].strip().split(".")[0]) in FIXED:
+            raise SettingsError(
+                f"'{name}' comes from the model or has an option of its own here (--crop, --match, --seed)."
+            )
+    settings = settings_from("fine-tune", [*way.changes, f"seed={way.seed}"], str(way.model.folder))
     return settings.model_copy(update={"preprocess": way.preprocess})
 
 
@@ -232,9 +263,9 @@ def _read(way: Way, samples: Sequence[Sample], settings: TrainSettings, console:
     for problem in pixels.problems:
         console.unread += 1
         console.note(f"Not read: {problem}")
-    if len(pixels.digests) < LEAST:
+    if (different := len(set(pixels.digests))) < LEAST:
         raise DataError(
-            f"{len(pixels.digests)} cells are too few to learn a laboratory's look from; it takes {LEAST}, "
+            f"{different} different cells are too few to learn a laboratory's look from; it takes {LEAST}, "
             "a few hundred are better. With a few labelled ones try: train --preset fine-tune."
         )
     order = np.argsort(pixels.digests, kind="stable")
@@ -243,31 +274,47 @@ def _read(way: Way, samples: Sequence[Sample], settings: TrainSettings, console:
 
 def _about(way: Way, settings: TrainSettings, cells: Cells) -> str:
     """A digest of all that decides what comes out."""
+    from cytodiffusion.adaptation import SHARES
     from cytodiffusion.cli.benches import digest_of
 
-    model = (way.model.weights_sha256, way.budget, way.answers)
-    return digest_of((model, settings, cells.pixels.sha256))
+    model = (way.model.files_sha256, way.budget, way.answers)
+    return digest_of((model, settings, SHARES, cells.pixels.sha256))
 
 
 def _begun(out: Path, about: str) -> dict[str, Any]:
     """What was done in OUT before. Raises SettingsError where that was something else."""
-    import json
-
     from cytodiffusion.errors import SettingsError
     from cytodiffusion.files import write_json
 
-    path = out / ROUNDS
-    if not path.exists():
+    path = out / RECORD
+    if path.exists():
+        begun = _read_record(path)
+        if begun.get("about") == about:
+            return begun
+    elif not any(not each.name.startswith(".") for each in out.glob("*")):
         begun = {"about": about, "rounds": []}
         write_json(path, begun, "the rounds")
         return begun
-    begun = dict(json.loads(path.read_text()))
-    if begun.get("about") != about:
+    raise SettingsError(
+        f"{out} holds other files, or was begun with other cells, another model or other settings. Give "
+        "the same ones to go on, or another folder to start anew."
+    )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Raises SettingsError where it is not as it was written."""
+    import json
+
+    from cytodiffusion.errors import SettingsError
+
+    try:
+        found = json.loads(path.read_text())
+        list(found["rounds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"{out} was begun with other cells, another model or other settings. Give the same ones to go "
-            "on, or another folder to start anew."
-        )
-    return begun
+            f"{path} cannot be read ({error}). Choose another folder to start anew."
+        ) from error
+    return dict(found)
 
 
 def _train(

@@ -49,6 +49,7 @@ def take(
     Raises SettingsError, DataError, ModelError.
     """
     from cytodiffusion.bundle import load
+    from cytodiffusion.cli.adapt import LEAST, why_not
     from cytodiffusion.data.match import fit_frames
 
     named = model.name
@@ -61,7 +62,9 @@ def take(
         if fit.abroad and asked.model is None:
             model, fit = _of_abroad(asked, model, fit, samples)
     twin = model.classifier.abroad(asked.budget)
-    _say(asked, fit, named, model.name, twin, open_answers, adapting, console)
+    _say(asked, fit, named, model.name, twin, open_answers, console, adapting)
+    if fit.abroad and not adapting and len(samples) >= LEAST and not why_not(model):
+        console.note("Without labels these cells can teach it their look: cytodiffusion adapt.")
     seen = {name: getattr(fit, name) for name in ("light", "crop", "told", "abroad", "sure")}
     decided = {"asked": asked._asdict(), "seen": seen}
     return Taken(model, twin if fit.abroad else asked.budget, fit, decided)
@@ -82,8 +85,8 @@ def _of_abroad(
 
 
 def _say(
-    asked: Asked, fit: Fit, named: str, model: str, twin: str, open_answers: bool, adapting: bool,
-    console: Console,
+    asked: Asked, fit: Fit, named: str, model: str, twin: str, open_answers: bool, console: Console,
+    adapting: bool,
 ) -> None:  # fmt: skip
     """What was seen, and what is taken in place of what."""
     from cytodiffusion.bundle import ABROAD_MODEL
@@ -92,7 +95,7 @@ def _say(
         other = asked.model is None and not fit.sure and "-abroad" in fit.told
         console.note(fit.told + f" The model for such frames is {ABROAD_MODEL} (-m)." * other)
     if not fit.abroad:
-        if fit.light and twin != asked.budget:
+        if fit.light and twin != asked.budget and not adapting:
             console.note(
                 f"Budget {asked.budget} has weights from home; {twin} has some for other laboratories."
             )
@@ -108,10 +111,6 @@ def _say(
     if instead and open_answers:
         instead.append(
             "If you know which classes come up, say so with --classes: it then errs far less."
-        )
-    if not adapting:
-        instead.append(
-            "A few hundred of these cells, without labels, teach it their look: cytodiffusion adapt."
         )
     if instead:
         console.note(" ".join(instead))

@@ -11,8 +11,12 @@ from cytodiffusion.cli.benches import digest_of, percent
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cytodiffusion.bundle import Model
+    from cytodiffusion.cli.trainings import Told as Answered
     from cytodiffusion.data.look import Look
+    from cytodiffusion.data.pixels import Pixels
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.baselines import Kind
@@ -255,8 +259,21 @@ def make_baseline(
     return place
 
 
+def adapted_to(bench: Bench, model: Model, lab: Lab, step: Step) -> Path:
+    """Where what `adapt` makes of a laboratory's cells is: it does not see their labels."""
+    from cytodiffusion.adaptation import SHARES
+    from cytodiffusion.evaluate.shift import budget, preprocesses
+
+    (preprocess,) = preprocesses(step, model.preprocess, lab.look)
+    about = (
+        model.files_sha256, budget(model.classifier, step), lab.answers, preprocess, SHARES, bench.seed,
+        bench.settings.precision, _digests(lab),
+    )  # fmt: skip
+    return bench.out / "adapted" / f"{model.name}-{lab.name}-{digest_of(about)}"
+
+
 def adapt_to(bench: Bench, model: Model, lab: Lab, step: Step) -> Path:
-    """The bundle that `adapt` makes of a laboratory's cells, whose labels it does not see."""
+    """Make it; returns the bundle."""
     from cytodiffusion.bundle import load
     from cytodiffusion.cli.adapt import Way, adapt_model
     from cytodiffusion.evaluate.shift import budget, preprocesses
@@ -265,10 +282,17 @@ def adapt_to(bench: Bench, model: Model, lab: Lab, step: Step) -> Path:
     (preprocess,) = preprocesses(step, model.preprocess, lab.look)
     changes = (f"precision={bench.settings.precision}",)
     way = Way(plain, preprocess, budget(plain.classifier, step), lab.answers, changes, bench.seed)
-    key = digest_of((model.weights_sha256, way[1:], _digests(lab)))
-    out = bench.out / "adapted" / f"{model.name}-{lab.name}-{key}"
     bench.console.note(f"{model.name} is adapted to {lab.name}:")
+    out = adapted_to(bench, model, lab, step)
     return adapt_model(way, lab.samples, out, lab.name, bench.console)
+
+
+def not_adapted(model: Model, lab: Lab) -> str:
+    """Why the step self-trained is left out for a laboratory; nothing where it is not."""
+    from cytodiffusion.cli.adapt import LEAST, why_not
+
+    few = f"{lab.name} has {len(lab.samples)} cells, and it takes {LEAST} to adapt to them."
+    return why_not(model) or (few if len(lab.samples) < LEAST else "")
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -314,26 +338,29 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
 
 
 def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Sequence[float]) -> Told:
-    """The same of a trained baseline, which goes on in rounds as ours does, for as long in each."""
+    """What a trained baseline says that goes on in rounds, as ours does, for as many seconds in each.
+
+    Cells that are named less surely serve it too, by FixMatch. A class that no cell is named is lost to it.
+    """
     import hashlib
     import time
 
     import numpy as np
 
     from cytodiffusion.adaptation import SHARES
-    from cytodiffusion.classify.adapt import sure_names
-    from cytodiffusion.cli.trainings import TUNED, kept, told_by_baseline
-    from cytodiffusion.cli.trainings import Told as Answered
+    from cytodiffusion.cli.trainings import TUNED, kept
+    from cytodiffusion.cli.trainings import Told as Training
     from cytodiffusion.data.images import to_tensor
     from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.data.transforms import Augmentation
-    from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings
+    from cytodiffusion.evaluate.baselines import Baseline
     from cytodiffusion.evaluate.shift import Told, preprocesses
     from cytodiffusion.train.settings import FINE_TUNE
 
-    began, baseline = time.perf_counter(), Baseline.load(place, bench.device)
+    baseline, augmentation = (
+        Baseline.load(place, bench.device), Augmentation(**FINE_TUNE["augmentation"]),
+    )  # fmt: skip
     (preprocess,) = preprocesses(step, baseline.preprocess, lab.look)
-    augmentation = Augmentation(**FINE_TUNE["augmentation"])
     pixels, roomy = (
         bench.console.follow(
             load_pixels(lab.samples, lab.answers, preprocess, margin, cores(), bench.labels),
@@ -341,34 +368,59 @@ def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Seque
         )
         for margin in (1.0, augmentation.margin)
     )  # fmt: skip
+    began = time.perf_counter()
+    first = baseline.predict_proba(to_tensor(pixels.images))
+    spent = time.perf_counter() - began
 
-    def train() -> Answered:
-        told = Answered(baseline.predict_proba(to_tensor(pixels.images)), 0.0, 0)
-        for number, (share, spent) in enumerate(zip(SHARES, seconds, strict=True)):
-            bench.console.note(f"{place.name} on {lab.name}, round {number + 1}: {spent:.0f} s.")
-            labels = sure_names(told.probabilities, share)
-            taken, named = labels >= 0, np.unique(labels[labels >= 0])
-            settings = BaselineSettings(
-                kind=baseline.settings.kind, minutes=spent / 60, balance=FINE_TUNE["balance"],
-                seed=bench.seed + number, weights=place, learning_rates=TUNED,
-            )  # fmt: skip
-            found = told_by_baseline(
-                roomy.images[taken], np.searchsorted(named, labels[taken]),
-                tuple(lab.answers[k] for k in named), preprocess, augmentation, settings, pixels,
-                bench.device,
-            )  # fmt: skip
-            probabilities = np.zeros_like(
-                told.probabilities
-            )  # a class that no cell is named is gone
-            probabilities[:, named] = found.probabilities
-            told = replace(found, probabilities=probabilities)
+    def train() -> Training:
+        told = Training(first, 0.0, 0)
+        for number, (share, length) in enumerate(zip(SHARES, seconds, strict=True)):
+            note = f"{place.name} on {lab.name}, round {number + 1}: {length:.0f} s."
+            bench.console.note(note)
+            told = _go_on(
+                bench, place, (pixels, roomy), told.probabilities, share, length / 60, number
+            )
         return told
 
     sha = hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest()
-    about = (sha, pixels.sha256, preprocess, augmentation, list(seconds), bench.seed)
+    about = (
+        sha, pixels.digests, lab.answers, preprocess, augmentation, SHARES, TUNED, list(seconds),
+        bench.seed,
+    )  # fmt: skip
     path = bench.out / "told" / f"{place.name}-{lab.name}-{digest_of(about)}.npz"
-    told = kept(path, train)
-    return Told(pixels.labels, told.probabilities, 1.0, time.perf_counter() - began)
+    return Told(np.array(pixels.labels), kept(path, train).probabilities, 1.0, spent)
+
+
+def _go_on(
+    bench: Bench, place: Path, cells: tuple[Pixels, Pixels], named: np.ndarray, share: float,
+    minutes: float, number: int,
+) -> Answered:  # fmt: skip
+    """One round of a baseline: trained on the surer names, asked for all cells."""
+    import numpy as np
+
+    from cytodiffusion.classify.adapt import sure_names
+    from cytodiffusion.cli.trainings import TUNED, told_by_baseline
+    from cytodiffusion.data.transforms import Augmentation
+    from cytodiffusion.evaluate.baselines import Baseline, BaselineSettings
+    from cytodiffusion.train.settings import FINE_TUNE
+    from cytodiffusion.types import UNLABELLED
+
+    baseline, (pixels, roomy) = Baseline.load(place, bench.device), cells
+    labels = sure_names(named, share)
+    known = np.unique(labels[labels != UNLABELLED])
+    columns = np.full(named.shape[1] + 1, UNLABELLED)  # the last is that of no label
+    columns[known] = np.arange(len(known))
+    settings = BaselineSettings(
+        kind=baseline.settings.kind, minutes=minutes, balance=FINE_TUNE["balance"], pseudo=True,
+        seed=bench.seed + number, weights=place, learning_rates=TUNED,
+    )  # fmt: skip
+    found = told_by_baseline(
+        roomy.images, columns[labels], tuple(baseline.classes.names[k] for k in known),
+        baseline.preprocess, Augmentation(**FINE_TUNE["augmentation"]), settings, pixels, bench.device,
+    )  # fmt: skip
+    probabilities = np.zeros_like(named)
+    probabilities[:, known] = found.probabilities
+    return replace(found, probabilities=probabilities)
 
 
 def ask(bench: Bench, place: Path, lab: Lab, step: Step) -> Told:

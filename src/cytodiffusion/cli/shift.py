@@ -93,7 +93,8 @@ def shift(
     if leave_one_out:
         rows += _left_out_rows(bench, labs, answers, kinds, minutes)
     facts = {"command": call_of(context), "seed": seed, "classes": ", ".join(answers),
-             "labels of the foreign sets": "none used", "cores": cores(), **_origin(ours)}  # fmt: skip
+             "labels of the foreign sets": "none used, but to leave out cells of other classes "
+             "and to take as many of each class at home", "cores": cores(), **_origin(ours)}  # fmt: skip
     values = {"rows": rows, **facts}
     write_results(out, values)
     page = render(f"From {train.name} to other laboratories", rows, facts)
@@ -132,14 +133,31 @@ def _step_rows(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Our model with each step."""
     from cytodiffusion.cli.labs import ours_on
-    from cytodiffusion.evaluate.shift import HOME, STEPS
+    from cytodiffusion.evaluate.shift import STEPS, TRAINED
 
-    rows = []
-    sets = {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
+    rows, sets = [], _sets(bench, labs, home)
     for name in names:
-        told = {where: ours_on(bench, ours, lab, STEPS[name]) for where, lab in sets.items()}
+        fit = _learned_from(bench, ours, sets) if name == TRAINED else sets
+        told = {where: ours_on(bench, ours, lab, STEPS[name]) for where, lab in fit.items()}
         rows += _rows_of(f"{ours.name}, {name}", told, answers, bench.seed)
     return rows
+
+
+def _sets(bench: Bench, labs: Sequence[Lab], home: int) -> dict[str, Lab]:
+    """What is tested on: held-out cells of the training laboratory, and all foreign ones."""
+    from cytodiffusion.evaluate.shift import HOME
+
+    return {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
+
+
+def _learned_from(bench: Bench, ours: Any, sets: dict[str, Lab]) -> dict[str, Lab]:
+    """The sets that our model can be adapted to; the others are named."""
+    from cytodiffusion.cli.labs import not_adapted
+
+    why = {where: not_adapted(ours, lab) for where, lab in sets.items()}
+    for problem in filter(None, dict.fromkeys(why.values())):
+        bench.console.note(f"The step self-trained is left out: {problem}")
+    return {where: lab for where, lab in sets.items() if not why[where]}
 
 
 def _baseline_rows(
@@ -148,19 +166,18 @@ def _baseline_rows(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A baseline trained on the same images and augmentation, with the steps that it can take."""
     from cytodiffusion.cli.adapt import read_rounds
-    from cytodiffusion.cli.labs import adapt_to, ask, make_baseline, self_trained
-    from cytodiffusion.evaluate.shift import FOR_BASELINES, HOME, STEPS, TRAINED
+    from cytodiffusion.cli.labs import adapted_to, ask, make_baseline, self_trained
+    from cytodiffusion.evaluate.shift import FOR_BASELINES, STEPS, TRAINED
 
     found = make_baseline(bench, bench.out, labs[0].parts, answers, kind, minutes)
-    sets = {HOME: labs[0].held(home, bench.seed), **{lab.name: lab for lab in labs[1:]}}
-    rows = []
+    rows, sets = [], _sets(bench, labs, home)
     for name in FOR_BASELINES:
         told = {where: ask(bench, found, lab, STEPS[name]) for where, lab in sets.items()}
         rows += _rows_of(f"{kind}, {name}", told, answers, bench.seed)
     if TRAINED in names:
         step, told = STEPS[TRAINED], {}
-        for where, lab in sets.items():
-            rounds = read_rounds(adapt_to(bench, ours, lab, step).parent)["rounds"]
+        for where, lab in _learned_from(bench, ours, sets).items():
+            rounds = read_rounds(adapted_to(bench, ours, lab, step))
             seconds = [each["seconds"] for each in rounds]
             told[where] = self_trained(bench, found, lab, step, seconds)
         rows += _rows_of(f"{kind}, {TRAINED}", told, answers, bench.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -122,15 +122,16 @@ def settings_from(preset: str, changes: Sequence[str], start: str | None) -> Tra
         return make_settings(preset, [*changes])
     if start is None:
         raise SettingsError("The preset fine-tune begins with a model. Give one: --from pbc8-far.")
-    shape, there = begun_with(start)
-    taken = [f"network.{name}={value}" for name, value in shape.items()]
-    return make_settings(preset, [*taken, f"preprocess.size={there.size}", *changes])
+    begun = begun_with(start)
+    taken = [f"network.{name}={value}" for name, value in begun.shape.items()]
+    taken += [f"preprocess.size={begun.preprocess.size}", f"sigma_data={begun.sigma_data}"]
+    return make_settings(preset, [*taken, *changes])
 
 
 def at_scale_of(
     start: str, settings: TrainSettings, changes: Sequence[str], console: Console
 ) -> TrainSettings:
-    """Settings with the crop of `start`, or one that shows clearly larger cells no larger.
+    """Settings with the light of `start` and its crop, or one that shows clearly larger cells no larger.
 
     A crop among the `changes` stays, and so does that of the preset where it is not known how large the
     cells are, or where another kind of network is trained.
@@ -141,7 +142,7 @@ def at_scale_of(
     asked = any(c.strip().startswith(("preprocess.crop", "preprocess=")) for c in changes)
     if asked or here.look == Look() or settings.latent is not None:
         return settings
-    there = begun_with(start)[1]
+    there = begun_with(start).preprocess
     crop, times = there.crop, here.look.nucleus / there.look.nucleus
     if larger_cells(here.look, there.look):
         crop = crop_for(crop, here.look, there.look)
@@ -151,11 +152,24 @@ def at_scale_of(
         )
     elif crop != here.crop:
         console.note(f"Crop {crop}, as that of {start}.")
-    return settings.model_copy(update={"preprocess": here.model_copy(update={"crop": crop})})
+    change: dict[str, Any] = {"crop": crop}
+    if here.match == "nothing" != there.match:
+        console.note(f"Every frame is brought to the light that {start} knows, as it does.")
+        light = {"light": there.look.light, "density": there.look.density}
+        change |= {"match": there.match, "look": here.look.model_copy(update=light)}
+    return settings.model_copy(update={"preprocess": here.model_copy(update=change)})
 
 
-def begun_with(start: str) -> tuple[dict[str, Any], Preprocess]:
-    """The shape of the network of a run or a model, by the names of settings, and its preprocessing."""
+class Begun(NamedTuple):
+    """What a network was made for: its shape, by the names of settings, and the images it takes."""
+
+    shape: dict[str, Any]
+    preprocess: Preprocess
+    sigma_data: float
+
+
+def begun_with(start: str) -> Begun:
+    """The same of a run or a model that another training begins with."""
     import json
 
     from cytodiffusion.bundle import find_bundle
@@ -165,11 +179,15 @@ def begun_with(start: str) -> tuple[dict[str, Any], Preprocess]:
     run = Path(start) / "settings.yaml"
     if run.exists():
         settings = load_settings(run)
-        return settings.network.model_dump(mode="json"), settings.preprocess
+        shape = settings.network.model_dump(mode="json")
+        return Begun(shape, settings.preprocess, settings.sigma_data)
     folder = find_bundle(start)
-    shape = json.loads((folder / "config.json").read_text())["settings"]
-    known = {name: shape[name] for name in NetworkSettings.model_fields if name in shape}
-    return known, Preprocess.model_validate_json((folder / "preprocess.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    known = {
+        n: config["settings"][n] for n in NetworkSettings.model_fields if n in config["settings"]
+    }
+    preprocess = Preprocess.model_validate_json((folder / "preprocess.json").read_text())
+    return Begun(known, preprocess, config.get("sigma_data", 0.5))
 
 
 def split_samples(
