@@ -84,8 +84,10 @@ def adapt(
             f"These cells are not clearly of another laboratory than those that {taken.model.name} was "
             "trained on: adapting to them may cost more than it brings."
         )
-    way = Way(taken.model, _settled(taken, samples), budget, answers, tuple(change or ()), seed)
-    there = (out / "bundle").exists()
+    way = Way(
+        taken.model, _settled(taken, samples, crop), budget, answers, tuple(change or ()), seed
+    )
+    there = (out / "bundle").exists() and (out / RECORD).exists()
     bundle = adapt_model(way, samples, out, source.resolve().name, console)
     told = f"{bundle} was made before." if there else f"Wrote {bundle}."
     if answers:
@@ -98,14 +100,37 @@ def adapt(
         raise typer.Exit(1)
 
 
-def _settled(taken: Taken, samples: Sequence[Sample]) -> Preprocess:
-    """What is done to every frame from now on. Raises DataError where a crop takes the size of cells."""
-    from cytodiffusion.data.load import look_of
+def _settled(taken: Taken, samples: Sequence[Sample], crop: float | None) -> Preprocess:
+    """What is done to every frame from now on; `crop` is one that was asked for.
 
-    fit = taken.fit
-    if fit.look is None and fit.crop is not None:
-        fit = fit._replace(look=look_of(samples)[0])
-    return fit.settled(taken.model.preprocess)
+    A crop that was found is found again, from more frames than a glance takes, whatever they are called.
+    """
+    from cytodiffusion.data.load import look_of
+    from cytodiffusion.data.look import crop_for
+    from cytodiffusion.errors import DataError
+
+    fit, plain = taken.fit, taken.model.preprocess
+    if fit.crop is None:
+        return fit.settled(plain)
+    try:
+        look, _ = look_of(sorted(samples, key=_sha256))
+    except DataError:
+        return fit.settled(plain)
+    if crop is None:
+        fit = fit._replace(crop=crop_for(plain.crop, look, plain.look))
+    return fit._replace(look=look).settled(plain)
+
+
+def _sha256(sample: Sample) -> str:
+    """Of the file; empty where it cannot be read."""
+    import hashlib
+
+    from cytodiffusion.errors import UnreadableImage
+
+    try:
+        return hashlib.sha256(sample.read()).hexdigest()
+    except UnreadableImage:
+        return ""
 
 
 class Way(NamedTuple):
@@ -135,24 +160,25 @@ def adapt_model(
 
     settings = _settings(way)
     cells = _read(way, samples, settings, console)
-    kept, bundle = _begun(out, _about(way, settings, cells)), out / "bundle"
-    if (bundle / "config.json").exists():
+    about, bundle = _about(way, settings, cells), out / "bundle"
+    kept, work = _begun(out, about), out / WORK / about
+    if len(kept["rounds"]) == len(adaptation.SHARES) and (bundle / "config.json").exists():
         shutil.rmtree(out / WORK, ignore_errors=True)
         return bundle
     wanted, classifier = adaptation.Wanted(way.budget, way.answers, cores()), way.model.classifier
-    seen = _look(classifier, cells, wanted, out / WORK / "named-0.npz", console)
+    seen = _look(classifier, cells, wanted, work / "named-0.npz", console)
     for number in range(len(adaptation.SHARES)):
         labels = adaptation.labels_of(seen, number)
         named = _counts(way, labels, number, console)
-        folder = out / WORK / f"round-{number + 1}"
+        folder = work / f"round-{number + 1}"
         denoiser, seconds = _train(way, cells, labels, settings, folder, console)
         if len(kept["rounds"]) == number:
-            kept["rounds"].append({"taken_for_labelled": named, "seconds": round(seconds, 1)})
+            kept["rounds"].append(
+                {"taken_for_labelled": named, "seconds": max(round(seconds, 1), 0.1)}
+            )
             write_json(out / RECORD, kept, "the rounds")
         classifier = adaptation.with_denoiser(way.model, denoiser)
-        seen = _look(
-            classifier, cells, wanted, folder.with_name(f"named-{number + 1}.npz"), console
-        )
+        seen = _look(classifier, cells, wanted, work / f"named-{number + 1}.npz", console)
     origin = {
         "recipe": "cytodiffusion adapt", "commit": commit(), "seed": way.seed, "steps": settings.steps,
         "data": data, "train_images": len(cells.pixels.digests), "cells_sha256": cells.pixels.sha256,
@@ -284,17 +310,14 @@ def _about(way: Way, settings: TrainSettings, cells: Cells) -> str:
 def _begun(out: Path, about: str) -> dict[str, Any]:
     """What was done in OUT before. Raises SettingsError where that was something else."""
     from cytodiffusion.errors import SettingsError
-    from cytodiffusion.files import write_json
 
     path = out / RECORD
     if path.exists():
         begun = _read_record(path)
         if begun.get("about") == about:
             return begun
-    elif not any(not each.name.startswith(".") for each in out.glob("*")):
-        begun = {"about": about, "rounds": []}
-        write_json(path, begun, "the rounds")
-        return begun
+    elif all(each.name == WORK or each.name.startswith(".") for each in out.glob("*")):
+        return {"about": about, "rounds": []}
     raise SettingsError(
         f"{out} holds other files, or was begun with other cells, another model or other settings. Give "
         "the same ones to go on, or another folder to start anew."
