@@ -34,7 +34,7 @@ from cytodiffusion.diffusion.precondition import EDMDenoiser
 from cytodiffusion.evaluate import baselines
 from cytodiffusion.networks.compact import CompactNetwork
 from cytodiffusion.train import loop
-from cytodiffusion.train.settings import FINE_TUNE
+from cytodiffusion.train.settings import FINE_TUNE, load_settings
 
 STEPS = 4  # of a round here; a real one has 200
 SHARES = (0.5, 0.5)  # of each name, as the method has it
@@ -457,6 +457,20 @@ def test_it_is_not_said_where_light_and_scale_were_asked_for(
     assert told.code == 0, told.err
     assert "not clearly of another laboratory" not in told.err
     assert "weights from home" not in told.err
+
+
+def test_labelled_cells_go_on_from_it_in_its_light(
+    tiny: Tiny, after: Adapted, cells: Path, tmp_path: Path
+) -> None:
+    """`train --from` shows frames as the model that it begins with does."""
+    told = cli("train", cells, "-o", tmp_path, "--preset", "fine-tune", "--from", after.bundle,
+               "--set=steps=2", "--device=cpu")  # fmt: skip
+    assert told.code == 0, told.err
+    assert "brought to the light" in told.err
+    kept, there = (load(each).preprocess for each in (tmp_path / "bundle", after.bundle))
+    assert kept.match == "light"
+    assert kept.look.light == there.look.light
+    assert load_settings(tmp_path / "settings.yaml").preprocess == kept
 
 
 def test_an_unreadable_image_is_named_and_the_rest_is_done(
