@@ -230,16 +230,6 @@ def _look(
     return seen
 
 
-def _tidy(out: Path) -> None:
-    """Take away what is needed only to go on after a cut."""
-    import shutil
-
-    for folder in out.glob("round-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for path in out.glob("named-*.npz"):
-        path.unlink()
-
-
 def read_rounds(out: Path) -> list[dict[str, Any]]:
     """What each round learned from, and the seconds it took."""
     return list(_read_record(out / RECORD)["rounds"])
@@ -255,7 +245,7 @@ def why_not(model: Model) -> str:
 
 
 def _settings(way: Way) -> TrainSettings:
-    """Raises SettingsError for a network that it cannot be done with, or a setting that is decided."""
+    """Raises SettingsError for a network that it cannot be done with, or for a setting that is not free here."""
     from cytodiffusion.cli.train import settings_from
     from cytodiffusion.errors import SettingsError
 
