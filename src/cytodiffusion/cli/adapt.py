@@ -245,7 +245,7 @@ def why_not(model: Model) -> str:
 
 
 def _settings(way: Way) -> TrainSettings:
-    """Raises SettingsError for a network that it cannot be done with, or for a setting that is not free here."""
+    """Raises SettingsError for a network that cannot be adapted, or a setting that is not free here."""
     from cytodiffusion.cli.train import settings_from
     from cytodiffusion.errors import SettingsError
 
