@@ -782,6 +782,8 @@ def test_in_bench_shift(
               for each in (tmp_path / "adapted").glob("*/bundle")}  # fmt: skip
     assert set(models) == {home.name, cells.name}
     assert all(verify(each / "bundle") <= 1e-5 for each in models.values())
+    there = load(models[cells.name] / "bundle").preprocess
+    assert fit_frames(read_dataset(cells), there).told == ""
     kept = contents(tmp_path / "adapted")
 
     work = Work(monkeypatch, lambda _: True)  # from here on nothing of ours may be done
