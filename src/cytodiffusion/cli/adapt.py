@@ -84,9 +84,10 @@ def adapt(
             f"These cells are not clearly of another laboratory than those that {taken.model.name} was "
             "trained on: adapting to them may cost more than it brings."
         )
-    way = Way(
-        taken.model, _settled(taken, samples, crop), budget, answers, tuple(change or ()), seed
-    )
+    preprocess = _settled(taken, samples, crop)
+    if preprocess.crop not in (taken.fit.crop, taken.model.preprocess.crop):
+        console.note(f"Crop {preprocess.crop}, from more of the cells than that glance took.")
+    way = Way(taken.model, preprocess, budget, answers, tuple(change or ()), seed)
     there = (out / "bundle").exists() and (out / RECORD).exists()
     bundle = adapt_model(way, samples, out, source.resolve().name, console)
     told = f"{bundle} was made before." if there else f"Wrote {bundle}."
