@@ -280,10 +280,7 @@ def adapt_to(bench: Bench, model: Model, lab: Lab, step: Step) -> Path:
 
     plain = load(model.folder, bench.device, engine="torch")
     (preprocess,) = preprocesses(step, model.preprocess, lab.look)
-    own = {
-        "nucleus": lab.look.nucleus,
-        "cell": lab.look.cell,
-    }  # so that no crop is looked for again
+    own = {"nucleus": lab.look.nucleus, "cell": lab.look.cell}  # no crop is looked for again
     look = preprocess.look.model_copy(update=own)
     preprocess = preprocess.model_copy(update={"look": look})
     changes = (f"precision={bench.settings.precision}",)

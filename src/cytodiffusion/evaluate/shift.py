@@ -1,12 +1,12 @@
 """Does a model hold on cells of another laboratory?
 
-It is used unchanged: no label of the foreign cells is seen. A `Step` is what
-may be done nevertheless. It works on each frame (its light), on a batch as a whole (one scale, from its
-own nuclei) or on the reading: with weights that were fitted on cells changed as another laboratory might
-(classify/fit.py), or of the batch as a whole (classify/adapt.py). `abroad` is what `predict` does unasked
-where frames are clearly in another light, with all trials; what `abroad + ...` add was tried, and did not
-help on the whole or assumes too much. One step alone changes weights: `self-trained` is `abroad` by the
-model that `adapt` makes of the unlabelled cells, for each set its own.
+No label of the foreign cells is seen. A `Step` is what may be done nevertheless. It works on each frame
+(its light), on a batch as a whole (one scale, from its own nuclei) or on the reading: with weights that
+were fitted on cells changed as another laboratory might (classify/fit.py), or of the batch as a whole
+(classify/adapt.py). `abroad` is what `predict` does unasked where frames are clearly in another light, with
+all trials; what `abroad + ...` add was tried, and did not help on the whole or assumes too much. One step
+alone changes weights: `self-trained` is `abroad` by the model that `adapt` makes of the unlabelled cells,
+for each set its own.
 
 The mean over sets weighs every set alike; its interval comes from resamples of the cells of each set.
 """
