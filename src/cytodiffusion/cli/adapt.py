@@ -106,7 +106,7 @@ def _settled(taken: Taken, samples: Sequence[Sample], crop: float | None) -> Pre
 
     A crop that was found is found again, from more frames than a glance takes, whatever they are called.
     """
-    from cytodiffusion.data.load import look_of
+    from cytodiffusion.data.load import file_sha256, look_of
     from cytodiffusion.data.look import crop_for
     from cytodiffusion.errors import DataError
 
@@ -114,24 +114,12 @@ def _settled(taken: Taken, samples: Sequence[Sample], crop: float | None) -> Pre
     if fit.crop is None:
         return fit.settled(plain)
     try:
-        look, _ = look_of(sorted(samples, key=_sha256))
+        look, _ = look_of(sorted(samples, key=file_sha256))
     except DataError:
         return fit.settled(plain)
     if crop is None:
         fit = fit._replace(crop=crop_for(plain.crop, look, plain.look))
     return fit._replace(look=look).settled(plain)
-
-
-def _sha256(sample: Sample) -> str:
-    """Of the file; empty where it cannot be read."""
-    import hashlib
-
-    from cytodiffusion.errors import UnreadableImage
-
-    try:
-        return hashlib.sha256(sample.read()).hexdigest()
-    except UnreadableImage:
-        return ""
 
 
 class Way(NamedTuple):

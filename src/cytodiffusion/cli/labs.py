@@ -313,8 +313,6 @@ def ours_on(bench: Bench, model: Model, lab: Lab, step: Step) -> Told:
 
 def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]:
     """Errors of the cells of a laboratory, once for each zoom, from OUT where they are there already."""
-    import json
-
     import numpy as np
     import torch
 
@@ -324,11 +322,16 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
 
     torch.set_num_threads(1)  # one for each worker
     truth, found = np.array(lab.truth), []
-    sums = json.loads((model.folder / "checksums.json").read_text())
-    bundle = (sums["model.safetensors"], sums["calibration.json"])
     measurement = model.classifier.measurement(budget(model.classifier, step))
     for preprocess in preprocesses(step, model.preprocess, lab.look):
-        about = (bundle, _digests(lab), lab.truth, preprocess, measurement.draws, model.engine)
+        about = (
+            model.files_sha256,
+            _digests(lab),
+            lab.truth,
+            preprocess,
+            measurement.draws,
+            model.engine,
+        )
         path = bench.out / "measured" / f"{model.name}-{lab.name}-{digest_of(about)}.npz"
         if not path.exists():
             work = measure(model.classifier, measurement, lab.samples, truth, preprocess, cores())
@@ -348,11 +351,9 @@ def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Seque
     import hashlib
     import time
 
-    import numpy as np
-
     from cytodiffusion.adaptation import SHARES
     from cytodiffusion.cli.trainings import TUNED, kept
-    from cytodiffusion.cli.trainings import Told as Training
+    from cytodiffusion.cli.trainings import Told as Answered
     from cytodiffusion.data.images import to_tensor
     from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.data.transforms import Augmentation
@@ -360,9 +361,8 @@ def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Seque
     from cytodiffusion.evaluate.shift import Told, preprocesses
     from cytodiffusion.train.settings import FINE_TUNE
 
-    baseline, augmentation = (
-        Baseline.load(place, bench.device), Augmentation(**FINE_TUNE["augmentation"]),
-    )  # fmt: skip
+    baseline = Baseline.load(place, bench.device)
+    augmentation = Augmentation(**FINE_TUNE["augmentation"])
     (preprocess,) = preprocesses(step, baseline.preprocess, lab.look)
     pixels, roomy = (
         bench.console.follow(
@@ -375,8 +375,8 @@ def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Seque
     first = baseline.predict_proba(to_tensor(pixels.images))
     spent = time.perf_counter() - began
 
-    def train() -> Training:
-        told = Training(first, 0.0, 0)
+    def train() -> Answered:
+        told = Answered(first, 0.0, 0)
         for number, (share, length) in enumerate(zip(SHARES, seconds, strict=True)):
             note = f"{place.name} on {lab.name}, round {number + 1}: {length:.0f} s."
             bench.console.note(note)
@@ -391,7 +391,7 @@ def self_trained(bench: Bench, place: Path, lab: Lab, step: Step, seconds: Seque
         bench.seed,
     )  # fmt: skip
     path = bench.out / "told" / f"{place.name}-{lab.name}-{digest_of(about)}.npz"
-    return Told(np.array(pixels.labels), kept(path, train).probabilities, 1.0, spent)
+    return Told(pixels.labels, kept(path, train).probabilities, 1.0, spent)
 
 
 def _go_on(
@@ -451,14 +451,6 @@ def ask(bench: Bench, place: Path, lab: Lab, step: Step) -> Told:
 
 def _digests(lab: Lab) -> list[str]:
     """sha256 of each file; empty where it cannot be read."""
-    import hashlib
+    from cytodiffusion.data.load import file_sha256
 
-    from cytodiffusion.errors import UnreadableImage
-
-    found = []
-    for sample in lab.samples:
-        try:
-            found.append(hashlib.sha256(sample.read()).hexdigest())
-        except UnreadableImage:
-            found.append("")
-    return found
+    return [file_sha256(sample) for sample in lab.samples]

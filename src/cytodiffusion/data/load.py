@@ -40,6 +40,14 @@ def load_one(sample: Sample, preprocess: Preprocess, margin: float = 1.0) -> Loa
         return Loaded(sample, sha, None, str(error))
 
 
+def file_sha256(sample: Sample) -> str:
+    """sha256 of the image's file; empty where it cannot be read."""
+    try:
+        return hashlib.sha256(sample.read()).hexdigest()
+    except UnreadableImage:
+        return ""
+
+
 def load_images(
     samples: Sequence[Sample], preprocess: Preprocess, margin: float = 1.0, workers: int = 2
 ) -> Iterator[Loaded]:
