@@ -186,6 +186,7 @@ class Parts:
 
 def save_bundle(folder: Path, parts: Parts) -> None:
     """Write a bundle, whole or not at all. Raises OutputError."""
+    folder = folder.absolute()
     part = folder.with_name(folder.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -279,6 +280,10 @@ def check_place(folder: Path) -> None:
         raise OutputError(
             f"No bundle can be written to {folder} ({error}). Choose another."
         ) from error
+    if folder.resolve() == Path.cwd():
+        raise OutputError(
+            f"{folder} is the working folder: a bundle takes one of its own. Name another."
+        )
     if not present <= {CHECKSUMS, *listed}:
         raise OutputError(
             f"{folder} has other files in it, in whose place the bundle would be. Choose a new folder."
@@ -452,10 +457,11 @@ def load(
     config = json.loads((folder / "config.json").read_text())
     known = range(FORMAT if calibrated else SAME_WEIGHTS, FORMAT + 1)
     if config.get("format") in range(1, known[0]):
+        anew = "Calibrate it anew with `models calibrate`, or run its `train` again, which calibrates a "
+        anew += "finished run."
         raise ModelError(
             f"{folder} has format {config['format']}, of an older cytodiffusion; this version reads format "
-            f"{FORMAT}. Calibrate it anew with `models calibrate`, or run its `train` again, which "
-            "calibrates a finished run."
+            f"{FORMAT}. {anew if config['format'] >= SAME_WEIGHTS else 'Train it anew with `train`.'}"
         )
     if config.get("format") not in known or config.get("network") not in ("compact", "latent"):
         raise ModelError(

@@ -52,6 +52,7 @@ class Request:
     answers: tuple[str, ...] | None = None  # restricts the classes that may be answered
     light: bool = False  # brings every frame to the light of the frames the model was trained on
     command: str = ""  # that asks
+    source: str = ""  # where the cells are; a table is of one place
     decided: dict[str, Any] | None = None  # how light and crop came about; kept beside the rows
     batch: int = 32  # rows written at a time
     workers: int = 2
@@ -67,12 +68,13 @@ class Request:
 
     def fingerprint(self, model: Model) -> dict[str, Any]:
         """What decides a row, apart from the image."""
-        checksums = json.loads((model.folder / "checksums.json").read_text())
+        weights, calibration = model.files_sha256
         return {
             "command": self.command,
+            "input": self.source,
             "model": model.name,
-            "weights": model.weights_sha256,
-            "calibration": checksums["calibration.json"],
+            "weights": weights,
+            "calibration": calibration,
             "engine": model.engine,
             "budget": self.budget,
             "crop": self.crop or model.preprocess.crop,

@@ -87,6 +87,7 @@ def labelled_cells(
     import numpy as np
 
     from cytodiffusion.classify.fit import balanced_subset
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.pixels import class_index
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.errors import DataError
@@ -96,6 +97,7 @@ def labelled_cells(
         raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
     names = model.classes.names
     truth = np.array([class_index(sample.label, names, model.taxonomy) for sample in found])
+    refuse_marked(found)
     rows = np.sort(balanced_subset(truth, limit, seed)) if limit else np.arange(len(found))
     return [found[i] for i in rows], truth[rows].tolist()
 

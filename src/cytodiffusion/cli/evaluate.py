@@ -65,6 +65,7 @@ def evaluate(
     from cytodiffusion.bundle import DEFAULT_MODEL, load
     from cytodiffusion.cli.frames import Asked, take
     from cytodiffusion.cli.predict import finish, name_all, report
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import DataError
@@ -100,14 +101,16 @@ def evaluate(
             f"{' '.join(wrong)} Leave them out, restrict the images with --splits and --split, or say with "
             "--taxonomy which class a label belongs to."
         )
+    refuse_marked(samples)
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
-    asked = Asked(match, crop, budget, model)
+    place = [str(each.resolve()) for each in (source, splits) if each]
+    asked = Asked(match, crop, budget, model, ", ".join([*place, *([split] if split else [])]))
     taken = take(asked, loaded, samples, console, out, open_answers=answers is None)
     loaded, call = taken.model, call_of(context, model=model or taken.model.name)
     request = Request(
         taken.budget, taken.fit.crop, coverage, cast("Any", sets), shares, answers, light=taken.fit.light,
-        command="evaluate", decided=taken.kept, workers=cores(),
+        command="evaluate", source=asked.source, decided=taken.kept, workers=cores(),
     )  # fmt: skip
     rows = name_all(loaded, samples, request, out, console, labelled=True)
     metrics = None

@@ -144,6 +144,7 @@ def list_cells(
     DataError, SettingsError.
     """
     from cytodiffusion.data.check import check
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.split import split as deal
     from cytodiffusion.errors import DataError, SettingsError
@@ -159,14 +160,18 @@ def list_cells(
         if none := set(classes) - set(named.values()):
             raise DataError(f"{source} has no cell of: {', '.join(sorted(none))}.")
     if known and all(sample.split is None for sample in known):
-        same = check(known, pixels=False).duplicate_groups()
-        dealt = deal(known, {"train": 1 - share, split: share}, seed=seed, duplicates=same)
+        seen = check(known, pixels=False)
+        dealt = deal(
+            known, {"train": 1 - share, split: share}, seed=seed, duplicates=seen.duplicate_groups(),
+            synthetic=seen.synthetic,
+        )  # fmt: skip
         side = {row.name: row.split for row in dealt}
         known = [replace(sample, split=side[sample.name]) for sample in known]
     train, test = ([s for s in known if s.split == name] for name in ("train", split))
     for name, found in (("train", train), (split, test)):
         if not found:
             raise DataError(f"{source} has no labelled cell in the split '{name}'.")
+    refuse_marked(test)
     bare = [s for s in samples if s.label is None and s.split in (None, "train")]
     return [*train, *bare], test
 

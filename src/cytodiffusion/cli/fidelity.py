@@ -130,7 +130,7 @@ def fidelity(
         },
         "agreement": _agreement(loaded, judge, forged, real),
     }
-    results["real_or_drawn"] = _authentic(both, settings, out, device, console)
+    results["real_or_drawn"] = _authentic(loaded, both, settings, out, device, console)
     extractor = extractor or judge.features
     name = {"trunk": f"trunk of {loaded.name}", "baseline": "the independent classifier's"}
     told, near = _alike(both, training, extractor, seed)
@@ -264,7 +264,7 @@ def _agreement(model: Model, judge: Baseline, drawn: Cells, real: Cells) -> list
 
 
 def _authentic(
-    pair: tuple[Cells, Cells], settings: Any, out: Path, device: str, console: Console
+    model: Model, pair: tuple[Cells, Cells], settings: Any, out: Path, device: str, console: Console
 ) -> dict[str, Any]:
     """How well a classifier tells real from drawn, from OUT where that was measured before."""
     import json
@@ -273,11 +273,8 @@ def _authentic(
     from cytodiffusion.files import write_json
 
     drawn, real = pair
-    path = (
-        out
-        / "measured"
-        / f"real-or-drawn-{digest_of((settings, drawn.digests, real.digests))}.json"
-    )
+    about = (settings, model.preprocess, drawn.digests, real.digests)
+    path = out / "measured" / f"real-or-drawn-{digest_of(about)}.json"
     if path.exists():
         console.note(f"Real or drawn: measured before, see {path}.")
         return dict(json.loads(path.read_text()))

@@ -26,6 +26,7 @@ class Asked(NamedTuple):
     crop: float | None
     budget: str
     model: str | None = None  # None: pbc8, or pbc8-far for frames of another laboratory
+    source: str = ""  # where the cells are
 
 
 class Taken(NamedTuple):
@@ -43,9 +44,9 @@ def take(
 ) -> Taken:  # fmt: skip
     """Decide, and say so. `model` is the one asked for, or the default.
 
-    `out`: where cells were named before with the same asked for, what was clearly seen then stays, though
-    there may be more cells now. `open_answers`: all classes may come up, and --classes could restrict
-    them. `adapting`: the frames are to be learned from, not named.
+    `out`: where cells of the same place were named before with the same asked for, what was clearly seen
+    then stays, though there may be more cells now. `open_answers`: all classes may come up, and --classes
+    could restrict them. `adapting`: the frames are to be learned from, not named.
     Raises SettingsError, DataError, ModelError.
     """
     from cytodiffusion.bundle import load

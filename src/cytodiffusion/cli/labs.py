@@ -108,6 +108,7 @@ def list_labs(
     left out, and named. Raises DataError.
     """
     from cytodiffusion.bundle import load
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.errors import DataError
@@ -118,6 +119,8 @@ def list_labs(
         raise DataError(
             "Two sets have one name. Give every --foreign once, and folders of their own names."
         )
+    for folder in foreign:
+        refuse_marked(sets[folder])
     known = (
         load(model).classes.names if model else class_names(_labelled(sets[train]), bench.labels)
     )
@@ -238,24 +241,25 @@ def make_baseline(
 
     settings, console = bench.settings, bench.console
     wanted = BaselineSettings(kind=kind, minutes=minutes, balance=settings.balance, seed=bench.seed)
-    about = (wanted, settings.preprocess, settings.augmentation, [s.name for s in parts["train"]])
+    pixels, about = {}, [wanted, settings.preprocess, settings.augmentation, answers]
+    for part, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
+        work = load_pixels(parts[part], answers, settings.preprocess, margin, cores(), bench.labels)
+        found = console.follow(work, f"reading {part}", len(parts[part]), "images")
+        pixels[part] = found
+        about += [found.digests, found.labels.tolist()]
     place = folder / "baselines" / f"{kind}-{digest_of(about)}"
     if (place / "baseline.json").exists():
         console.note(f"{kind}: trained before, see {place}.")
         return place
-    pixels = {}
-    for part, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
-        work = load_pixels(parts[part], answers, settings.preprocess, margin, cores(), bench.labels)
-        pixels[part] = console.follow(work, f"reading {part}", len(parts[part]), "images")
     torch.set_num_threads(1)  # the most work in a minute of the processor
     fitting = train_baseline(
         pixels["train"].images, pixels["train"].labels, tuple(answers), settings.preprocess,
         settings.augmentation, wanted, held=(pixels["val"].images, pixels["val"].labels),
         device=bench.device,
     )  # fmt: skip
-    found = console.follow(percent(fitting), f"training {kind}", 100, "%")
+    fitted = console.follow(percent(fitting), f"training {kind}", 100, "%")
     with writing_to(place):
-        found.save(place)
+        fitted.save(place)
     return place
 
 

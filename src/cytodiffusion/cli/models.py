@@ -127,6 +127,7 @@ def calibrate(
     from cytodiffusion.calibration import calibrate as fit
     from cytodiffusion.calibration import calibrations, cautions, plan_of
     from cytodiffusion.cli.train import check_counts, check_held, read_canvases
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.match import fit_frames
     from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.data.readers import read_dataset
@@ -143,6 +144,7 @@ def calibrate(
     samples = [sample for sample in found if sample.label is not None]
     where = str(source) if split is None else f"the split '{split}' of {source}"
     check_held(samples, names, loaded.taxonomy, where)
+    refuse_marked(samples, "cells to calibrate on")
     console.note(NOTICE)
     frames = fit_frames(samples, loaded.preprocess)
     if frames.told:

@@ -72,12 +72,12 @@ def predict(
     answers = read_answers(classes, loaded.classes)
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
-    asked = Asked(match, crop, budget, model)
+    asked = Asked(match, crop, budget, model, str(source.resolve()))
     taken = take(asked, loaded, samples, console, out, open_answers=answers is None)
     loaded, call = taken.model, call_of(context, model=model or taken.model.name)
     request = Request(
         taken.budget, taken.fit.crop, coverage, cast("Any", sets), shares, answers, light=taken.fit.light,
-        command="predict", decided=taken.kept, workers=cores(),
+        command="predict", source=asked.source, decided=taken.kept, workers=cores(),
     )  # fmt: skip
     rows = name_all(loaded, samples, request, out, console)
     report(loaded, samples, rows, request, out, call, title=f"Cells of {source.name}")

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     Parts = dict[str, Sequence[Sample]]
 
-SIGMA = 0.2  # noise under which the trunk's features are taken, image units
 MARGIN = 1.5  # of the canvases on which corruptions are made
 
 
@@ -54,6 +53,7 @@ class Bench:
 def list_parts(bench: Bench, splits: Path | None, split: str) -> Parts:
     """Samples to train on, to calibrate on and to measure, in the spelling of our taxonomy."""
     from cytodiffusion.cli.train import split_samples
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
 
     out, labels, seed = bench.out, bench.labels, bench.settings.seed
@@ -61,6 +61,7 @@ def list_parts(bench: Bench, splits: Path | None, split: str) -> Parts:
     made = out / "splits.csv"  # by split_samples, where the set has none
     given = splits or (made if made.is_file() else None)
     tested = labels.respell(read_dataset(bench.source, splits=given, split=split))
+    refuse_marked(tested)
     if bench.held is not None:  # nor of an image without a label is it known that it is not of it
         parts = {
             name: [sample for sample in found if sample.label not in (None, bench.held)]
@@ -181,7 +182,10 @@ def _corrupted(bench: Bench, ours: Model, samples: Sequence[Sample]) -> dict[str
 
 def run_folder(bench: Bench, parts: Parts) -> Path:
     """Of the run that is trained here: another for other settings, and for other cells."""
-    about = (bench.settings, [(sample.name, sample.label) for sample in parts["train"]])
+    from cytodiffusion.data.load import file_sha256
+
+    cells = [(sample.name, sample.label, file_sha256(sample)) for sample in parts["train"]]
+    about = (bench.settings, cells)
     return bench.out / str(bench.held) / f"run-{digest_of(about)}"
 
 

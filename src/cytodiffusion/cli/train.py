@@ -133,27 +133,29 @@ def at_scale_of(
 ) -> TrainSettings:
     """Settings with the light of `start` and its crop, or one that shows clearly larger cells no larger.
 
-    A crop among the `changes` stays, and so does that of the preset where it is not known how large the
-    cells are, or where another kind of network is trained.
+    What is among the `changes` stays, and so does the crop of the preset where it is not known how large
+    the cells are. Nothing changes where another kind of network is trained.
     """
     from cytodiffusion.data.look import Look, crop_for, larger_cells
 
-    here = settings.preprocess
-    asked = any(c.strip().startswith(("preprocess.crop", "preprocess=")) for c in changes)
-    if asked or here.look == Look() or settings.latent is not None:
+    def asked(name: str) -> bool:
+        return any(c.strip().startswith((f"preprocess.{name}", "preprocess=")) for c in changes)
+
+    if settings.latent is not None:
         return settings
-    there = begun_with(start).preprocess
-    crop, times = there.crop, here.look.nucleus / there.look.nucleus
-    if larger_cells(here.look, there.look):
-        crop = crop_for(crop, here.look, there.look)
-        beyond = "; what lies beyond the frames is made up" * (crop > 1)
-        console.note(
-            f"Nuclei are {times:.1f} times as large as those {start} knows: crop {crop}{beyond}."
-        )
-    elif crop != here.crop:
-        console.note(f"Crop {crop}, as that of {start}.")
-    change: dict[str, Any] = {"crop": crop}
-    if here.match == "nothing" != there.match:
+    here, there, change = settings.preprocess, begun_with(start).preprocess, dict[str, Any]()
+    if not asked("crop") and here.look != Look():
+        crop, times = there.crop, here.look.nucleus / there.look.nucleus
+        if larger_cells(here.look, there.look):
+            crop = crop_for(crop, here.look, there.look)
+            beyond = "; what lies beyond the frames is made up" * (crop > 1)
+            console.note(
+                f"Nuclei are {times:.1f} times as large as those {start} knows: crop {crop}{beyond}."
+            )
+        elif crop != here.crop:
+            console.note(f"Crop {crop}, as that of {start}.")
+        change["crop"] = crop
+    if not asked("match") and here.match == "nothing" != there.match:
         console.note(f"Every frame is brought to the light that {start} knows, as it does.")
         light = {"light": there.look.light, "density": there.look.density}
         change |= {"match": there.match, "look": here.look.model_copy(update=light)}
@@ -208,8 +210,7 @@ def split_samples(
     made, path = False, out / "splits.csv"
     if all(sample.split is None for sample in labelled):
         made = not path.exists()
-        again = [] if made else read_dataset(source, splits=path)
-        labelled = _deal(labelled, seed) if made else taxonomy.respell(again)
+        labelled = _deal(labelled, seed) if made else _dealt(labelled, source, path, taxonomy)
     parts = {name: [s for s in labelled if s.split == name] for name in ("train", "val")}
     for name, found in parts.items():
         if not found:
@@ -225,6 +226,23 @@ def split_samples(
     return {"train": [*parts["train"], *unlabelled], "val": parts["val"], "test": test}
 
 
+def _dealt(
+    labelled: Sequence[Sample], source: Path, path: Path, taxonomy: Taxonomy
+) -> list[Sample]:
+    """The samples as the run's own split file deals them. Raises DataError for cells that it does not."""
+    from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import DataError
+
+    again = taxonomy.respell(read_dataset(source, splits=path))
+    if new := sorted({sample.name for sample in labelled} - {sample.name for sample in again}):
+        raise DataError(
+            f"{len(new)} labelled images are not in {path}, which this run was begun with, first "
+            f"'{new[0]}'. Train on all of them in another folder (-o); to go on without them, give that "
+            "file as --splits."
+        )
+    return again
+
+
 def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
     """The samples with splits, in the order of a split file; none to test on where a class has few."""
     from collections import Counter
@@ -233,11 +251,14 @@ def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
     from cytodiffusion.data.check import check
     from cytodiffusion.data.split import FRACTIONS, split
 
-    same = check(labelled, pixels=False).duplicate_groups()
+    found = check(labelled, pixels=False)
     by_name = {sample.name: sample for sample in labelled}
-    fewest = min(Counter(sample.label for sample in labelled).values())
+    real = (sample.label for sample in labelled if sample.name not in found.synthetic)
+    fewest = min(Counter(real).values(), default=0)
     shares = {"train": 2 / 3, "val": 1 / 3} if fewest < FEW else FRACTIONS
-    rows = split(labelled, shares, seed=seed, duplicates=same).rows
+    rows = split(
+        labelled, shares, seed=seed, duplicates=found.duplicate_groups(), synthetic=found.synthetic
+    ).rows
     return [replace(by_name[row.name], split=row.split) for row in rows]
 
 

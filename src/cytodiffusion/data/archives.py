@@ -145,7 +145,7 @@ def _refuse_huge(held: int, path: Path) -> None:
 def _safe(member: str, path: Path) -> str:
     """The member's name with forward slashes, refused if it points out of the archive."""
     name = PurePosixPath(member.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts or ":" in (name.parts or ("",))[0]:
+    if name.is_absolute() or ".." in name.parts or not name.parts or ":" in name.parts[0]:
         raise DataError(
             f"The archive {path} holds '{member}', a name that leaves the archive. Do not trust "
             "it; pack the images again with relative names."

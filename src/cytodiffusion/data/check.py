@@ -21,7 +21,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -165,7 +165,8 @@ def check(
 ) -> Report:
     """Look at every image once and report. `progress` is told how many are done.
 
-    Without `pixels` nothing is decoded: only missing files and files with the same bytes are found.
+    Without `pixels` nothing is decoded: only missing files, files with the same bytes and synthetic images
+    are found.
     """
     looks = []
     for look in examine(samples, load=load, pixels=pixels):
@@ -182,9 +183,13 @@ def examine(
     for sample in samples:
         try:
             data = load(sample)
-            yield _look(sample, data) if pixels else Look(sample, file_digest=_sha256(data))
+            yield _look(sample, data) if pixels else _glance(sample, data)
         except UnreadableImage as error:
             yield Look(sample, reason=str(error))
+
+
+def _glance(sample: Sample, data: bytes) -> Look:
+    return Look(sample, file_digest=_sha256(data), synthetic=read_mark(data) is not None)
 
 
 def _look(sample: Sample, data: bytes) -> Look:
@@ -194,15 +199,13 @@ def _look(sample: Sample, data: bytes) -> Look:
     grey = image.convert("L")
     thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
     size = f"{image.width} {image.height} ".encode()
-    return Look(
-        sample,
-        file_digest=_sha256(data),
+    return replace(
+        _glance(sample, data),
         pixel_digest=_sha256(size + image.tobytes()),
         size=image.size,
         mode=mode,
         thumbnail=thumbnail,
         bits=dhash(grey),
-        synthetic=read_mark(data) is not None,
     )
 
 

@@ -275,11 +275,11 @@ def _refuse_repeats(names: Iterable[str], where: Path) -> None:
 
 
 def _apply_splits(samples: list[Sample], file: Path, split: str | None, path: Path) -> list[Sample]:
-    rows = read_split(file)
+    by_name = {sample.name: sample for sample in samples}
+    rows = read_split(file, by_name.keys())
     chosen = [row for row in rows if split in (None, row.split)]
     if not chosen:
         _no_such_split(split, {row.split for row in rows}, file)
-    by_name = {sample.name: sample for sample in samples}
     absent = [row.name for row in chosen if row.name not in by_name]
     if absent:
         raise DataError(

@@ -237,8 +237,11 @@ def write_split(rows: Iterable[Row], path: Path | str) -> None:
     write_file(Path(path), text.getvalue().encode(), "the split")
 
 
-def read_split(path: Path | str) -> list[Row]:
-    """Read a file with the columns path, label, split; others are passed over. Raises DataError."""
+def read_split(path: Path | str, known: Collection[str] = ()) -> list[Row]:
+    """Read a file with the columns path, label, split; others are passed over. Raises DataError.
+
+    A backslash divides folders, unless the name is one of the `known` as it stands.
+    """
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -255,13 +258,15 @@ def read_split(path: Path | str) -> list[Row]:
             f"The split file {path} lacks the columns {', '.join(sorted(missing))}. Its first line "
             "must name path,label,split."
         )
-    return _rows(lines, path)
+    return _rows(lines, path, known)
 
 
-def _rows(lines: list[dict[str, str]], path: Path) -> list[Row]:
+def _rows(lines: list[dict[str, str]], path: Path, known: Collection[str]) -> list[Row]:
     rows: dict[str, Row] = {}
     for number, line in enumerate(lines, start=2):
-        name = (line["path"] or "").replace("\\", "/").removeprefix("./")
+        name = line["path"] or ""
+        if name not in known:
+            name = name.replace("\\", "/").removeprefix("./")
         if not name or not line["split"]:
             raise DataError(f"Line {number} of {path} has no path or no split. Fill it or drop it.")
         if name in rows:

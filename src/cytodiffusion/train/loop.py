@@ -9,6 +9,7 @@ on the same images as one does.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,13 @@ class TrainingSet:
     labels: Int[np.ndarray, " n"]
     classes: tuple[str, ...]
 
+    @property
+    def sha256(self) -> str:
+        """A digest of the images and their labels, in their order."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.canvases).data)
+        digest.update(np.ascontiguousarray(self.labels, dtype=np.int64).data)
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -72,6 +80,7 @@ class Run:
     ):  # fmt: skip
         """`start`: weights to begin with, by name; those that do not fit this network begin anew."""
         self.folder, self.settings, self.data = folder, settings, data
+        self.data_sha256 = data.sha256
         self.accelerator = _accelerator(settings, device)
         torch.manual_seed(settings.seed)
         self.learner = make_learner(settings, len(data.classes))
@@ -116,6 +125,11 @@ class Run:
                 f"{self.folder} was begun with the classes {', '.join(state['classes'])}. Give images "
                 "of the same classes to go on, or another folder to start anew."
             )
+        if state.get("data_sha256", self.data_sha256) != self.data_sha256:
+            raise SettingsError(
+                f"{self.folder} was begun with other images or labels. Give the same ones to go on, or "
+                "another folder to start anew."
+            )
         check_names(tensors["model"], learned(self.learner), f"The weights in {path}")
         self.learner.load_state_dict(tensors["model"], strict=False)  # what is frozen is not saved
         self.ema.load_state_dict(tensors["ema"])
@@ -136,7 +150,11 @@ class Run:
         }
         if self.best:
             tensors["best"] = self.best
-        state = {"best_score": self.best_score, "classes": self.data.classes}
+        state = {
+            "best_score": self.best_score,
+            "classes": self.data.classes,
+            "data_sha256": self.data_sha256,
+        }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         save_checkpoint(self.folder / "checkpoint", self.step, tensors, state)
