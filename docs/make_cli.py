@@ -10,6 +10,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from cytodiffusion.cli.main import app
+from cytodiffusion.train.settings import setting_names
 
 PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# The command line
@@ -20,12 +21,19 @@ Exit codes: 0 done; 1 some inputs could not be read (the rest is done, and each 
 was wrong, or could not be gone on with, such as a full disk: what was written until then stays.
 """
 
+SETTINGS = """## Settings
+
+Of `train --set NAME=VALUE` and of the other verbs that train; the values are those of the preset `cpu`.
+
+| setting | value | what it is |
+|---|---|---|"""
+
 
 def render() -> str:
     """The page as text, the same on every terminal."""
     os.environ.update(COLUMNS="100", TERMINAL_WIDTH="100")
     group = typer.main.get_command(app)
-    return "\n".join([HEAD, _help([]), *map(_help, _verbs(group, []))])
+    return "\n".join([HEAD, _help([]), *map(_help, _verbs(group, [])), _settings()])
 
 
 def _verbs(command: object, words: list[str]) -> Iterator[list[str]]:
@@ -43,6 +51,15 @@ def _help(words: list[str]) -> str:
     )
     text = "\n".join(line.rstrip() for line in found.stdout.strip().splitlines())
     return f"## cytodiffusion {' '.join(words)}".rstrip() + f"\n\n```\n{text}\n```\n"
+
+
+def _settings() -> str:
+    """The settings of `train`, from the fields' own descriptions."""
+    rows = [
+        f"| `{name}` | {field.get_default(call_default_factory=True)} | {field.description} |"
+        for name, field in setting_names().items()
+    ]
+    return "\n".join([SETTINGS, *rows, ""])
 
 
 if __name__ == "__main__":

@@ -114,11 +114,37 @@ def test_turned_by_exif(orientation, turned):
     np.testing.assert_array_equal(found, turned(RGB))
 
 
-def test_the_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    for kind in ("GIF", "PNG", "TIFF"):
-        data = stored(frames[0], kind, save_all=True, append_images=frames[1:])
+def test_one_image_of_several():
+    """A smaller page is a preview; pages of one size are images, and one would hide the others."""
+    first, preview, second = (
+        Image.new("RGB", (side, side), colour)
+        for side, colour in ((4, "red"), (2, "blue"), (4, "blue"))
+    )
+    for kind, other in (("TIFF", preview), ("PNG", second)):
+        data = stored(first, kind, save_all=True, append_images=[other])
         assert pixels(data)[0, 0].tolist() == [255, 0, 0]
+    for kind in ("GIF", "TIFF"):
+        data = stored(first, kind, save_all=True, append_images=[second, first])
+        with pytest.raises(UnreadableImage, match=r"^3 images in one file"):
+            decode(data)
+
+
+def deep_png(colours):
+    """A PNG file with 16 bits a colour, which Pillow cannot write."""
+    height, width, _ = colours.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def test_colours_of_16_bits():
+    np.testing.assert_array_equal(pixels(deep_png(RGB.astype(int) * 257)), RGB)
+    with pytest.raises(UnreadableImage, match=r"16-bit colours reach [\d,]+ of 65,535"):
+        decode(deep_png(RGB.astype(int) * 16))  # 12 bits
 
 
 # --- what cannot be read -------------------------------------------------------------------------

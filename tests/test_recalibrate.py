@@ -314,7 +314,7 @@ def test_a_bundle_of_an_older_version_can_be_calibrated_anew(
         cells, older(before, tmp_path / "older", bundles.SAME_WEIGHTS - 1), tmp_path / "b"
     )
     assert told.code == 2
-    assert "run its `train` again" in told.complaint
+    assert "Train it anew" in told.complaint
 
 
 def test_what_is_found_for_frames_is_kept(

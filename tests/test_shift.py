@@ -17,7 +17,7 @@ from sklearn.metrics import balanced_accuracy_score
 from cytodiffusion.bundle import load
 from cytodiffusion.classify.adapt import centred, em_prior
 from cytodiffusion.cli.console import Console
-from cytodiffusion.cli.labs import Bench, Lab, join, settings_of
+from cytodiffusion.cli.labs import Bench, Lab, join
 from cytodiffusion.data.images import Preprocess, decode
 from cytodiffusion.data.load import Reframed, look_of, reframed
 from cytodiffusion.data.look import Look
@@ -25,6 +25,7 @@ from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import HeldBytes, Sample, png
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.evaluate.shift import STEPS, Told, adapted, mean_row, preprocesses, row
+from cytodiffusion.train.settings import make_settings
 
 # --- reading without labels ----------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ def test_small_sets_are_repeated_when_they_are_joined(tmp_path: Path) -> None:
     large = Lab("large", [replace(s, split="train") for s in cells] * 8, [0] * 48, look, ("a",))
     small = Lab("small", [replace(s, split="train") for s in cells[:3]], [0] * 3, look, ("a",))
     bench = Bench(
-        tmp_path, settings_of("tiny", []), Taxonomy.load(), 0, "cpu", "torch", Console(False)
+        tmp_path, make_settings("tiny"), Taxonomy.load(), 0, "cpu", "torch", Console(False)
     )
     assert len(join(bench, [large, small])["train"]) == 48 + 4 * 3
 

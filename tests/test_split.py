@@ -162,7 +162,8 @@ def test_a_failed_write_leaves_the_old_file(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "lacks the columns label, path, split"),
+        ("", "lists no images"),
+        ("a;b\n1;2\n", "lacks the columns label, path, split"),
         ("path,label\nx,a\n", "lacks the columns split"),
         ("path,label,split\n", "lists no images"),
         ("path,label,split\nx,a\n", "Line 2"),

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from torch import Tensor
 
 from cytodiffusion.bundle import Model, Parts, read_weights, save_bundle
 from cytodiffusion.classify.adapt import beside, sure_names
@@ -72,18 +73,14 @@ def with_denoiser(model: Model, denoiser: NetworkDenoiser) -> Classifier:
 
 def look(classifier: Classifier, pixels: Pixels, wanted: Wanted) -> Generator[int, None, Seen]:
     """Yield how many cells are measured; returns what is seen of them."""
+
+    def prepare(row: int) -> tuple[Tensor, str]:
+        return to_tensor(pixels.images[row]).to(classifier.device), pixels.digests[row]
+
     measurement, count = classifier.measurement(wanted.budget), len(pixels.digests)
-    errors, features = measurement.nothing(classifier.meter, count)
-    images = to_tensor(pixels.images)
-    for done, (place, *found) in enumerate(
-        measurement.stream(
-            classifier.meter, range(count),
-            lambda row: (images[row].to(classifier.device), pixels.digests[row]), wanted.workers,
-        ),
-        start=1,
-    ):  # fmt: skip
-        errors[place], features[place] = found
-        yield done
+    errors, features = yield from measurement.follow(
+        classifier.meter, count, prepare, wanted.workers
+    )
     table = classifier.table(errors, features, pixels.digests, wanted.budget)
     told = classifier.read(table, wanted.budget, answers=wanted.answers)
     probabilities = np.zeros((count, len(classifier.classes)))

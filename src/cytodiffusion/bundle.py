@@ -100,13 +100,13 @@ class Model:
     @property
     def weights_sha256(self) -> str:
         """sha256 of model.safetensors, as released."""
-        return str(json.loads((self.folder / "checksums.json").read_text())["model.safetensors"])
+        return weights_of(self.folder)
 
     @property
     def files_sha256(self) -> tuple[str, str]:
         """sha256 of the weights and of the calibration: what decides all answers."""
-        sums = json.loads((self.folder / CHECKSUMS).read_text())
-        return str(sums["model.safetensors"]), str(sums["calibration.json"])
+        listed = checksums(self.folder)
+        return listed["model.safetensors"], listed["calibration.json"]
 
     def fitted(self, crop: float | None = None, light: bool = False) -> Preprocess:
         """The bundle's preprocessing, with another centre crop (1: the whole image), or light matched."""
@@ -275,7 +275,7 @@ def check_place(folder: Path) -> None:
     """Raises OutputError for what is no place for a bundle: a file, or a folder with other files in it."""
     try:
         present = {path.name for path in _visible(folder)} if folder.exists() else set()
-        listed = json.loads((folder / CHECKSUMS).read_text()) if CHECKSUMS in present else {}
+        listed = checksums(folder) if CHECKSUMS in present else {}
     except (OSError, ValueError) as error:
         raise OutputError(
             f"No bundle can be written to {folder} ({error}). Choose another."
@@ -306,9 +306,9 @@ def replace_texts(folder: Path, texts: dict[str, str]) -> None:
 
 
 def _write_checksums(folder: Path) -> None:
-    names = sorted(path for path in _visible(folder) if path.name != "checksums.json")
-    checksums = {path.name: _sha256(path) for path in names}
-    (folder / "checksums.json").write_text(json.dumps(checksums, indent=1) + "\n")
+    names = sorted(path for path in _visible(folder) if path.name != CHECKSUMS)
+    listed = {path.name: _sha256(path) for path in names}
+    (folder / CHECKSUMS).write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -351,8 +351,11 @@ def _write_vectors(path: Path, network: Network, size: int, classes: Classes) ->
 
 
 def find_bundle(model: str | Path) -> Path:
-    """Folder of a bundle, or of a shipped model by name. Raises ModelError naming what there is."""
-    for folder in (Path(model), ZOO / str(model)):
+    """Folder of a bundle, of the run it is in, or of a shipped model by name.
+
+    Raises ModelError naming what there is.
+    """
+    for folder in (Path(model), Path(model) / "bundle", ZOO / str(model)):
         if (folder / "config.json").is_file():
             return folder
     raise ModelError(
@@ -366,18 +369,28 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in ZOO.glob("*/config.json"))
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a bundle, as released. Raises OSError, ValueError, TypeError."""
+    return dict(json.loads((folder / CHECKSUMS).read_text()))
+
+
+def weights_of(folder: Path) -> str:
+    """sha256 of model.safetensors, as released."""
+    return checksums(folder)["model.safetensors"]
+
+
 def check_files(folder: Path) -> None:
     """Raises ChangedBundle if a file is missing, changed, or not listed.
 
     Names that begin with a dot, as of .DS_Store, are passed over: nothing reads them.
     """
     try:
-        listed: dict[str, str] = dict(json.loads((folder / "checksums.json").read_text()))
+        listed = checksums(folder)
     except (OSError, ValueError, TypeError) as error:
         raise ChangedBundle(
-            f"{folder} has no readable checksums.json, so it cannot be trusted. Copy the bundle again."
+            f"{folder} has no readable {CHECKSUMS}, so it cannot be trusted. Copy the bundle again."
         ) from error
-    present = {path.name for path in _visible(folder)} - {"checksums.json"}
+    present = {path.name for path in _visible(folder)} - {CHECKSUMS}
     for name in sorted(listed.keys() | present | set(FILES)):
         if name not in present:
             problem = "is missing"

@@ -83,17 +83,16 @@ class Work:
         self, pixels: Pixels, measurement: Measurement
     ) -> Generator[int, None, tuple[Float[np.ndarray, "n t k1"], Float[np.ndarray, "n f"]]]:
         """Yield how many cells are measured in all; returns errors and features of these."""
-        errors, features = measurement.nothing(self.meter, len(pixels.labels))
 
         def prepare(row: int) -> tuple[Tensor, str]:
             return to_tensor(pixels.images[row]), pixels.digests[row]
 
-        rows = range(len(pixels.labels))
-        for place, *found in measurement.stream(self.meter, rows, prepare, self.workers):
-            errors[place], features[place] = found
-            self.done += 1
-            yield self.done
-        return errors, features
+        count = len(pixels.labels)
+        found = yield from measurement.follow(
+            self.meter, count, prepare, self.workers, before=self.done
+        )
+        self.done += count
+        return found
 
 
 def calibrations(meter: Meter, pixels: Pixels, canvases: Pixels | None, plan: Plan) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cytodiffusion.errors import OutputError
 
 
@@ -48,6 +50,12 @@ def write_json(path: Path, values: Any, what: str) -> None:
     write_file(path, text.encode(), what)
 
 
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """An NPZ file, whole or not at all. Raises OutputError."""
+    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
     """Turn the system's refusals to write into one clear line: OutputError."""
@@ -55,6 +63,10 @@ def writing_to(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
+        if folder.is_file():
+            raise OutputError(
+                f"{folder} cannot be written to: it is a file. Name a folder."
+            ) from error
         raise OutputError(
             f"{folder} cannot be written to ({error.strerror or error}). What was done so far is "
             "kept; free some space or choose another folder with -o, and run again to go on."

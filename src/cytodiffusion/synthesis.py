@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cytodiffusion.bundle import Model, check_files
+from cytodiffusion.bundle import CHECKSUMS, Model, check_files, checksums
 from cytodiffusion.classify.draws import standard_normal
 from cytodiffusion.data.images import to_pixels
 from cytodiffusion.data.mark import Mark, marked_png, read_mark
@@ -46,7 +46,6 @@ CONDITIONAL = 1.5  # guidance of class-conditional networks; docs/log.md has the
 GAIN = "drawing.json"
 MANIFEST = "manifest.csv"
 REQUEST = "request.json"
-CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def read_gain(model: Model) -> Gain | None:
 def save_gain(bundle: Path, gain: Gain) -> None:
     """Put the gain into a bundle, and its sha256 into the list. Raises ChangedBundle, OutputError."""
     check_files(bundle)
-    listed = json.loads((bundle / CHECKSUMS).read_text())
+    listed = checksums(bundle)
     data = gain.to_json().encode()
     write_file(bundle / GAIN, data, "the gain")
     listed[GAIN] = hashlib.sha256(data).hexdigest()

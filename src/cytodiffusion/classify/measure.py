@@ -11,7 +11,7 @@ computed for a cell does not depend, to the bit, on the cells that happen to be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -243,6 +243,25 @@ class Measurement:
         errors, features = self.nothing(meter, len(images))
         for i, *found in self.stream(meter, zip(images, digests, strict=True), lambda cell: cell):
             errors[i], features[i] = found
+        return errors, features
+
+    def follow(
+        self,
+        meter: Meter,
+        count: int,
+        prepare: Callable[[int], tuple[Tensor, str]],
+        workers: int = 1,
+        before: int = 0,
+    ) -> Generator[int, None, tuple[Float[np.ndarray, "n t k"], Float[np.ndarray, "n f"]]]:
+        """Yield how many cells are done, and `before`; returns errors and features, in their order.
+
+        `prepare` makes (image, digest) of a place, 0 to `count` - 1.
+        """
+        errors, features = self.nothing(meter, count)
+        cells = self.stream(meter, range(count), prepare, workers)
+        for done, (place, *found) in enumerate(cells, start=before + 1):
+            errors[place], features[place] = found
+            yield done
         return errors, features
 
     def nothing(

@@ -74,7 +74,7 @@ def adapt(
     console = Console(json)
     samples = read_dataset(source, splits=splits, split=split)
     loaded = load(model or DEFAULT_MODEL, pick_device(device), engine="torch")
-    answers = read_answers(classes, loaded.classes)
+    answers = read_answers(classes, loaded)
     console.note(NOTICE)
     asked = Asked(match, crop, "full", model)
     taken = take(asked, loaded, samples, console, open_answers=answers is None, adapting=True)
@@ -204,7 +204,7 @@ def _look(
     import torch
 
     from cytodiffusion.adaptation import Seen, look
-    from cytodiffusion.files import whole, writing_to
+    from cytodiffusion.files import write_arrays
 
     if path.exists():
         with np.load(path) as found:
@@ -214,8 +214,7 @@ def _look(
     work = look(classifier, cells.pixels, wanted)
     seen = console.follow(work, "naming", len(cells.pixels.digests), "cells")
     torch.set_num_threads(threads)
-    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
-        np.savez(file, **seen._asdict())
+    write_arrays(path, **seen._asdict())
     return seen
 
 
@@ -265,9 +264,7 @@ def _read(way: Way, samples: Sequence[Sample], settings: TrainSettings, console:
         work = load_pixels(bare, way.model.classes.names, way.preprocess, margin, cores())
         found.append(console.follow(work, "reading", len(bare), "images"))
     pixels, canvases = found
-    for problem in pixels.problems:
-        console.unread += 1
-        console.note(f"Not read: {problem}")
+    console.not_read(*pixels.problems)
     if (different := len(set(pixels.digests))) < LEAST:
         raise DataError(
             f"{different} different cells are too few to learn a laboratory's look from; it takes {LEAST}, "

@@ -22,7 +22,6 @@ from cytodiffusion.errors import SettingsError
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
-    from cytodiffusion.types import Classes
 
 if TYPE_CHECKING:
     Context = typer.Context
@@ -153,6 +152,12 @@ class Console:
         else:
             typer.echo(plain(text), err=True)
 
+    def not_read(self, *problems: str) -> None:
+        """Name inputs that could not be read, each with the reason; the command then ends with 1."""
+        for problem in problems:
+            self.unread += 1
+            self.note(f"Not read: {problem}")
+
     def result(self, values: dict[str, Any], text: str) -> None:
         """The result: JSON or text, on standard output."""
         self._close_line()
@@ -221,11 +226,15 @@ def pick_device(name: str) -> str:
     return name if device.type == "cuda" else device.type
 
 
-def read_answers(given: str | None, classes: Classes) -> tuple[str, ...] | None:
-    """The classes that may be answered, of `A,B,...`; None for all. Raises LabelError."""
-    if not given:
+def read_answers(given: str | None, model: Model) -> tuple[str, ...] | None:
+    """The model's own names of the classes `A,B,...`; None for all. Raises LabelError, SettingsError."""
+    if given is None:
         return None
-    return tuple(classes.names[classes.index(name.strip())] for name in given.split(","))
+    words = [word.strip() for word in given.split(",") if word.strip()]
+    if not words:
+        raise SettingsError(f"--classes names no class. There are: {', '.join(model.classes)}.")
+    names = [model.taxonomy.resolve(word, model.classes.names) or word for word in words]
+    return tuple(model.classes.names[model.classes.index(name)] for name in names)
 
 
 def read_prior(words: str, classes: Sequence[str]) -> tuple[float, ...] | None:

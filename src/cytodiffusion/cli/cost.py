@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.benches import labelled_cells, write_results
+from cytodiffusion.cli.benches import digest_of, labelled_cells, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -182,19 +182,18 @@ def _one(
     crop: float | None, out: Path, console: Console,
 ) -> Measured:  # fmt: skip
     """What a procedure measures, from OUT where that was measured before."""
-    import hashlib
-
     import numpy as np
 
+    from cytodiffusion.data.load import file_sha256
     from cytodiffusion.evaluate.cost import Measured, run
     from cytodiffusion.files import writing_to
 
     preprocess = model.preprocess.model_copy(update={"crop": crop}) if crop else model.preprocess
-    checksums = (model.folder / "checksums.json").read_text()
-    cells = [(sample.name, _sha256(sample)) for sample in samples]
-    about = (checksums, cells, list(classes), preprocess, model.engine, cores(), _code())
-    key = hashlib.sha256(repr(about).encode()).hexdigest()[:12]
-    path = out / "measured" / f"{model.name}-{name.replace(' ', '-')}-{key}.npz"
+    cells = [(sample.name, file_sha256(sample)) for sample in samples]
+    about = (
+        model.files_sha256, cells, list(classes), preprocess, model.engine, cores(), _code()
+    )  # fmt: skip
+    path = out / "measured" / f"{model.name}-{name.replace(' ', '-')}-{digest_of(about)}.npz"
     if path.exists():
         console.note(f"{model.name}, {name}: measured before, see {path}.")
         return Measured.load(path)

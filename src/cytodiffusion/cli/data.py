@@ -29,12 +29,15 @@ def check(
     from cytodiffusion.data.taxonomy import Taxonomy
 
     console = Console(json)
-    samples = Taxonomy.load(taxonomy).respell(read_dataset(source))
+    labels = Taxonomy.load(taxonomy)
+    samples = labels.respell(read_dataset(source))
     found = check_samples(
         samples,
         tiny=tiny,
         progress=lambda done: console.progress("checking", done, len(samples), "images"),
     )
+    if unknown := [label for label in found.classes if labels.canonical(label) is None]:
+        console.note(f"No class that the taxonomy knows: {', '.join(unknown)}. Spelled as meant?")
     console.result(found.as_dict(), "\n".join(map(plain, found.lines())))
     if found.unreadable:
         raise typer.Exit(1)
@@ -56,10 +59,10 @@ def split(
     """Write a split: stratified, disjoint by patient or slide, duplicates on one side."""
     from cytodiffusion.data.check import check as check_samples
     from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.data.split import read_split, write_split
     from cytodiffusion.data.split import split as deal
-    from cytodiffusion.data.split import write_split
     from cytodiffusion.data.taxonomy import Taxonomy
-    from cytodiffusion.errors import SettingsError
+    from cytodiffusion.errors import OutputError, SettingsError
 
     if group not in ("auto", "patient", "slide", "none"):
         raise SettingsError(f"--group takes auto, patient, slide or none, not '{group}'.")
@@ -81,6 +84,11 @@ def split(
         found.duplicate_groups(),
         found.synthetic,
     )
+    if out.exists() and read_split(out) != dealt.rows:
+        raise OutputError(
+            f"{out} is there and says otherwise, and results may hang on it. Name another file with -o, or "
+            "delete it."
+        )
     write_split(dealt.rows, out)
     counts = Counter(row.split for row in dealt)
     for name in sorted(bad):

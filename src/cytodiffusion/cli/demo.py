@@ -6,6 +6,11 @@ from pathlib import Path
 
 from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Out, Seed, cores, pick_device
 
+DRAWN = (
+    "These cells were drawn by the model itself: they show the workings, no accuracy. They are grainy, as "
+    "real cells are not, so that many are flagged as anomalous."
+)
+
 
 def demo(
     out: Out = Path("out/demo"), json: Json = False, seed: Seed = 0, device: Device = "auto"
@@ -18,12 +23,13 @@ def demo(
 
     console = Console(json)
     console.note(NOTICE)
-    console.note("These cells were drawn by the model itself: they show the workings, no accuracy.")
+    console.note(DRAWN)
     model = load("pbc8", pick_device(device))
     samples = read_dataset(ZOO.parent / "demo")
     request = Request(crop=1.0, workers=cores())  # drawn at the model's own crop
     rows = name_all(model, samples, request, out, console)
-    report(model, samples, rows, request, out, "cytodiffusion demo", title="Demo: synthetic cells")
+    title = "Demo: synthetic cells"
+    report(model, samples, rows, request, out, "cytodiffusion demo", title, notes=(DRAWN,))
     _table(rows, console)
     console.note(f"Open {out / 'report.html'} in a browser.")
     finish(rows, out, console)

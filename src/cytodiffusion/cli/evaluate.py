@@ -76,7 +76,7 @@ def evaluate(
     console = Console(json)
     loaded = load(model or DEFAULT_MODEL, pick_device(device), engine)
     loaded.classifier.budget(budget)
-    answers = read_answers(classes, loaded.classes)
+    answers = read_answers(classes, loaded)
     names = list(answers or loaded.classes)
     found = read_dataset(source, splits=splits, split=split)
     named = [sample for sample in found if sample.label is not None]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cytodiffusion.cli.benches import digest_of
 from cytodiffusion.cli.console import (
     NOTICE,
     Budget,
@@ -73,8 +74,8 @@ def explain(
 ) -> None:
     """Show where, and in which direction, cells would have to change to be of another class.
 
-    For each cell and class a PNG, an SVG and the arrays as NPZ; OUT/report.html has them all. Run again,
-    cells that were explained in the same way are not explained anew.
+    For each cell and class a PNG, an SVG and the arrays as NPZ; OUT/report.html has those of this call. Run
+    again, cells that were explained in the same way are not explained anew.
     """
     from cytodiffusion.bundle import DEFAULT_MODEL, load
     from cytodiffusion.cli.frames import Asked, take
@@ -94,9 +95,12 @@ def explain(
     )  # fmt: skip
     console.note(NOTICE)
     rows = _run(work, samples, out, console)
-    _page(work, rows, out, call_of(context, model=model or taken.model.name))
     values = {"cells": len(samples) - console.unread, "explanations": rows, "out": str(out)}
-    console.result(values, "\n".join([*map(_line, rows), f"See {out / 'report.html'}."]))
+    lines = [*map(_line, rows), "Nothing was explained."]
+    if rows:
+        _page(work, rows, out, call_of(context, model=model or taken.model.name))
+        lines[-1] = f"See {out / 'report.html'}."
+    console.result(values, "\n".join(lines))
     if console.unread:
         raise typer.Exit(1)
 
@@ -123,12 +127,9 @@ class Work:
     @cached_property
     def key(self) -> str:
         """What decides an explanation, apart from the image and the class."""
-        import hashlib
-
-        checksums = (self.model.folder / "checksums.json").read_text()
-        about = (KIND, checksums, self.settings, self.against, self.budget, self.preprocess,
-                 self.faithful, self.model.engine)  # fmt: skip
-        return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+        about = (KIND, self.model.files_sha256, self.settings, self.against, self.budget,
+                 self.preprocess, self.faithful, self.model.engine)  # fmt: skip
+        return digest_of(about)
 
     def load(self, sample: Sample) -> Loaded:
         """The image as `predict` shows it to the network."""
@@ -275,8 +276,7 @@ def _take(
 
     name = item.sample.name
     if item.pixels is None:
-        console.unread += 1
-        console.note(f"Not read: {name}: {item.problem}")
+        console.not_read(f"{name}: {item.problem}")
         return []
     if isinstance(told, Path):
         rows = _rows_of(told, work.key) or []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.benches import labelled_cells, load_baseline, write_results
+from cytodiffusion.cli.benches import digest_of, labelled_cells, load_baseline, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -116,8 +116,7 @@ def _measure(
         tasks = pool.map(work.cell, samples, classes, [out] * len(samples))
         for done, (path, told) in enumerate(tasks, start=1):
             if "problem" in told:
-                console.unread += 1
-                console.note(f"Not read: {told['path']}: {told['problem']}")
+                console.not_read(f"{told['path']}: {told['problem']}")
                 continue
             before += path is None
             if path is not None:
@@ -142,12 +141,9 @@ class Work:
     @cached_property
     def key(self) -> str:
         """What decides a measurement, apart from the image."""
-        import hashlib
-
-        checksums = (self.model.folder / "checksums.json").read_text()
-        about = [KIND, checksums, self.settings, self.crop, self.model.engine]
+        about = [KIND, self.model.files_sha256, self.settings, self.crop, self.model.engine]
         about += [self.words is not None, self.baseline and self.baseline.trained]
-        return hashlib.sha256(repr(about).encode()).hexdigest()[:12]
+        return digest_of(about)
 
     def cell(self, sample: Sample, label: int, out: Path) -> tuple[Path | None, Told]:
         """Where to keep it, and what is measured of a cell; None where it is kept already."""

@@ -90,11 +90,9 @@ def settings_of(preset: str, changes: Sequence[str], start: str | None = None) -
 
 def start_digest(start: str) -> str:
     """sha256 of the weights of a model, as released. Raises ModelError."""
-    import json
+    from cytodiffusion.bundle import find_bundle, weights_of
 
-    from cytodiffusion.bundle import CHECKSUMS, find_bundle
-
-    return str(json.loads((find_bundle(start) / CHECKSUMS).read_text())["model.safetensors"])
+    return weights_of(find_bundle(start))
 
 
 def find_pretrained(
@@ -187,9 +185,7 @@ def read_cells(
 
     work = load_pixels(samples, classes, preprocess, margin, cores(), labels)
     found = console.follow(work, f"reading {what}", len(samples), "images")
-    for problem in found.problems:
-        console.unread += 1
-        console.note(f"Not read: {problem}")
+    console.not_read(*found.problems)
     return found.part(np.argsort(found.digests, kind="stable"))
 
 

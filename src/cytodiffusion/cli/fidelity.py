@@ -187,8 +187,7 @@ def _read(
     for done, item in enumerate(load_images(samples, preprocess, margin, cores()), start=1):
         console.progress(f"reading {what}", done, len(samples), "cells")
         if item.pixels is None:
-            console.note(f"Not read: {item.sample.name}: {item.problem}")
-            console.unread += 1
+            console.not_read(f"{item.sample.name}: {item.problem}")
             continue
         kept.append(item)
         labels.append(class_index(item.sample.label, model.classes.names, model.taxonomy))

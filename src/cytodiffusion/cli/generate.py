@@ -17,6 +17,7 @@ from cytodiffusion.cli.console import (
     Out,
     Seed,
     pick_device,
+    read_answers,
     threads,
 )
 
@@ -57,8 +58,7 @@ def generate(
 
     console = Console(json)
     loaded = load(model, pick_device(device), engine="torch")
-    asked = [name.strip() for name in classes.split(",")] if classes else list(loaded.classes)
-    names = [loaded.classes.names[loaded.classes.index(name)] for name in dict.fromkeys(asked)]
+    names = list(dict.fromkeys(read_answers(classes, loaded) or loaded.classes))
     given = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
     drawing = _drawing(given, loaded)
     console.note(NOTICE)

@@ -89,13 +89,6 @@ class Bench:
         return replace(self, settings=self.settings.model_copy(update={"preprocess": preprocess}))
 
 
-def settings_of(preset: str, changes: list[str]) -> TrainSettings:
-    """Settings of what is trained here. Raises SettingsError."""
-    from cytodiffusion.train.settings import make_settings
-
-    return make_settings(preset, changes)
-
-
 # --- listing -------------------------------------------------------------------------------------
 
 

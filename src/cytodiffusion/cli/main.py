@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 some inputs could not be read (the rest is done), 2 the ca
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Annotated
@@ -65,13 +66,30 @@ def _main(
     """Options that come before a verb."""
 
 
+def _say(problem: str) -> None:
+    """Why nothing more is done, as the other lines are: JSON where that was asked for."""
+    as_json = "--json" in sys.argv[1:]
+    typer.echo(json.dumps({"error": problem}) if as_json else f"Error: {problem}", err=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the memory of the machine or of the GPU is full, in the words of torch."""
+    words = ("not enough memory", "allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
 def run() -> None:
     """Entry point of the `cytodiffusion` command."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not hold a core
     try:
         app()
     except CytoDiffusionError as error:
-        typer.echo(f"Error: {plain(str(error))}", err=True)
+        _say(plain(str(error)))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_full(error):
+            raise
+        _say("The memory is full. Try a smaller batch, fewer --jobs, or close other programs.")
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # so typer ends after Ctrl-C

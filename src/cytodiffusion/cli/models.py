@@ -123,7 +123,7 @@ def calibrate(
     """
     import torch
 
-    from cytodiffusion.bundle import check_place, load, recalibrated
+    from cytodiffusion.bundle import CHECKSUMS, check_place, load, recalibrated, weights_of
     from cytodiffusion.calibration import calibrate as fit
     from cytodiffusion.calibration import calibrations, cautions, plan_of
     from cytodiffusion.cli.train import check_counts, check_held, read_canvases
@@ -131,12 +131,17 @@ def calibrate(
     from cytodiffusion.data.match import fit_frames
     from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import OutputError
     from cytodiffusion.release import commit, make_card
     from cytodiffusion.types import PIXELS
 
     console = Console(json)
     check_place(out)
     loaded = load(model, pick_device(device), engine="torch", calibrated=False)
+    if (out / CHECKSUMS).exists() and weights_of(out) != loaded.weights_sha256:
+        raise OutputError(
+            f"{out} holds another model, not {model}. Choose a new folder, or delete it."
+        )
     if loaded.space is PIXELS:
         loaded.denoiser.cpu()  # small, and quicker there on many threads
     names, together = loaded.classes.names, loaded.classifier.together
@@ -152,9 +157,7 @@ def calibrate(
     preprocess = frames.settled(loaded.preprocess)
     work = load_pixels(samples, names, preprocess, 1.0, cores(), loaded.taxonomy)
     held = console.follow(work, "reading", len(samples), "images")
-    for problem in held.problems:
-        console.unread += 1
-        console.note(f"Not read: {problem}")
+    console.not_read(*held.problems)
     check_counts(held.labels.tolist(), names, f"{where}, of what could be read,")
     plan, meter = plan_of(together, loaded.space, seed), loaded.classifier.meter
     canvases = read_canvases(samples, names, preprocess, plan, loaded.taxonomy, console)

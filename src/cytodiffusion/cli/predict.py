@@ -33,6 +33,9 @@ from cytodiffusion.cli.console import (
     read_prior,
 )
 
+FEW = 8  # cells, from which on it is said that
+MOST = 0.9  # or more of them are strange: then it may be the frames
+
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
     from cytodiffusion.data.sample import Sample
@@ -69,7 +72,7 @@ def predict(
     samples = read_dataset(source)
     loaded = load(model or DEFAULT_MODEL, pick_device(device), engine)
     loaded.classifier.budget(budget)
-    answers = read_answers(classes, loaded.classes)
+    answers = read_answers(classes, loaded)
     shares = read_prior(prior, loaded.classes.names)
     console.note(NOTICE)
     asked = Asked(match, crop, budget, model, str(source.resolve()))
@@ -116,21 +119,14 @@ def name_all(
 
 def _known(sample: Sample, there: dict[tuple[str, str], Row]) -> Row | None:
     """The row of the image as it is now; None if it was not named yet, or has changed since."""
-    import hashlib
+    from cytodiffusion.data.load import file_sha256
 
-    from cytodiffusion.errors import UnreadableImage
-
-    if not there:
-        return None
-    try:
-        return there.get((sample.name, hashlib.sha256(sample.read()).hexdigest()))
-    except UnreadableImage:
-        return None
+    return there.get((sample.name, file_sha256(sample))) if there else None
 
 
 def report(
     model: Model, samples: Sequence[Sample], rows: list[Row], request: Request, out: Path,
-    call: str, title: str, metrics: dict[str, Any] | None = None,
+    call: str, title: str, metrics: dict[str, Any] | None = None, notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write OUT/report.html, with pictures of the cells that need a look."""
     from cytodiffusion.evaluate.report import write_report
@@ -145,7 +141,6 @@ def report(
         "command": call,
     }
     said = "The frames were brought to the light of those that the model was trained on. Check the names."
-    notes = [said] if request.light else []
     write_report(
         out / "report.html",
         title=title,
@@ -154,7 +149,7 @@ def report(
         classes=list(request.answers or model.classes.names),
         thumbnails=_thumbnails(model, samples, rows, request),
         facts=facts,
-        notes=notes,
+        notes=[*notes, *([said] if request.light else [])],
     )
 
 
@@ -189,6 +184,11 @@ def finish(
     for row in rows:
         if row["flag"] == "unreadable":
             console.note(f"Not read: {row['path']}: {row['problem']}")
+    if len(rows) >= FEW and flags["anomalous"] > MOST * (len(rows) - flags["unreadable"]):
+        console.note(
+            "Nearly all are flagged as unlike the cells of training. Is each file one stained cell, in the "
+            "middle of its frame? Frames that hold just the cell take --crop 1."
+        )
     lines = [f"{name:<22} {count:>7,}" for name, count in names.most_common()]
     told = ", ".join(f"{count:,} {flag}" for flag, count in flags.most_common())
     values = {"cells": len(rows), "counts": dict(names), "flags": dict(flags), "out": str(out)}

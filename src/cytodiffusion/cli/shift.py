@@ -74,14 +74,15 @@ def shift(
 
     OUT/results.json and report.html. Run again, what was trained and measured is not done anew.
     """
-    from cytodiffusion.cli.labs import Bench, find_model, list_labs, settings_of
+    from cytodiffusion.cli.labs import Bench, find_model, list_labs
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.evaluate.report import write_page
     from cytodiffusion.evaluate.shift import render
+    from cytodiffusion.train.settings import make_settings
 
     console, labels = Console(json), Taxonomy.load()
     names, kinds = _steps(steps), find_kinds(baselines)
-    settings = settings_of(preset, [*(change or []), f"seed={seed}"])
+    settings = make_settings(preset, [*(change or []), f"seed={seed}"])
     bench = Bench(out, settings, labels, seed, pick_device(device), engine, console)
     labs, answers = list_labs(bench, train, foreign, splits, model)
     console.note(NOTICE)

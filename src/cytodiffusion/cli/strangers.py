@@ -149,9 +149,7 @@ def _read(
     preprocess = _preprocess(bench, ours, foreign)
     work = load_pixels(samples, ours.classes.names, preprocess, margin, cores(), bench.labels)
     found = bench.console.follow(work, f"reading {name}", len(samples), "images")
-    for problem in found.problems:
-        bench.console.unread += 1
-        bench.console.note(f"Not read: {problem}")
+    bench.console.not_read(*found.problems)
     return Cells(found.images, found.labels, found.digests)
 
 
@@ -301,9 +299,8 @@ def _measured(bench: Bench, ours: Model, name: str, cells: Cells) -> Measured:
     from cytodiffusion.evaluate.anomaly import Measured, measure
     from cytodiffusion.files import writing_to
 
-    checksums = (ours.folder / "checksums.json").read_text()
     pixels = hashlib.sha256(cells.pixels.tobytes()).hexdigest()
-    key = digest_of((checksums, pixels, cells.digests, ours.engine))
+    key = digest_of((ours.files_sha256, pixels, cells.digests, ours.engine))
     path = bench.out / "measured" / f"{name.replace(' ', '-')}-{key}.npz"
     if path.exists():
         bench.console.note(f"{name}: measured before, see {path}.")

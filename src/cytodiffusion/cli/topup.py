@@ -124,17 +124,11 @@ def check_apart(marks: dict[Choice, set[Mark]]) -> None:
 
 def names_of(samples: Iterable[Sample], cells: Pixels, classes: Sequence[str]) -> list[str]:
     """The names of the images that were read, in their order; copies of a file have one each."""
-    import hashlib
-
-    from cytodiffusion.errors import UnreadableImage
+    from cytodiffusion.data.load import file_sha256
 
     found: dict[tuple[str, str | None], list[str]] = {}
     for sample in samples:
-        try:
-            digest = hashlib.sha256(sample.read()).hexdigest()
-        except UnreadableImage:
-            continue  # not among those read
-        found.setdefault((digest, sample.label), []).append(sample.name)
+        found.setdefault((file_sha256(sample), sample.label), []).append(sample.name)
     pairs = zip(cells.digests, cells.labels, strict=True)
     return [found[digest, classes[label]].pop() for digest, label in pairs]
 

@@ -42,7 +42,8 @@ def train(
         Path | None, typer.Option(help="CSV with path,label,split; else one is made.")
     ] = None,
     change: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=V", help="Change one setting.")
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=V", help="Change one setting; docs/cli.md lists them."),
     ] = None,
     taxonomy: Labels = None,
     start: Annotated[
@@ -196,6 +197,7 @@ def split_samples(
     source: Path, splits: Path | None, out: Path, seed: int, taxonomy: Taxonomy, console: Console
 ) -> dict[str, Sequence[Sample]]:
     """Samples of the splits train, val and test; a split file is made where none is given."""
+    from collections import Counter
     from dataclasses import replace
 
     from cytodiffusion.data.pixels import class_names
@@ -212,11 +214,18 @@ def split_samples(
         made = not path.exists()
         labelled = _deal(labelled, seed) if made else _dealt(labelled, source, path, taxonomy)
     parts = {name: [s for s in labelled if s.split == name] for name in ("train", "val")}
+    named = Counter(sample.split or "none" for sample in labelled)
+    said = ", ".join(f"{name} {count:,}" for name, count in named.items())
     for name, found in parts.items():
         if not found:
             raise DataError(
-                f"The split '{name}' is empty. Training needs 'train', and 'val' to calibrate on."
+                f"The split '{name}' is empty; there are: {said}. Training needs 'train', and 'val' to "
+                "calibrate on."
             )
+    if out_of := len(labelled) - sum(named[name] for name in ("train", "val", "test")):
+        console.note(
+            f"{out_of:,} labelled images are not in train, val or test: left out ({said})."
+        )
     check_held(parts["val"], class_names(parts["train"], taxonomy), taxonomy)
     if made:
         console.note("No split was given: made one (see splits.csv in the run folder).")
@@ -313,9 +322,8 @@ def run_training(
     main = run.accelerator.is_main_process
     if run.begun and not run.step and main:
         console.note(f"Begins with {run.begun:,} weights of {start}; the others are new.")
-    for problem in [*fitted.problems, *held.problems] * main:  # helpers leave it to this one
-        console.unread += 1
-        console.note(f"Not read: {problem}")
+    if main:  # helpers leave it to this one
+        console.not_read(*fitted.problems, *held.problems)
     if settings.latent is not None and settings.latent.cache:
         encode_views(run, console)
     space, radius = run.learner.space, run.learner.radius

@@ -41,15 +41,14 @@ def kept(path: Path, train: Callable[[], Told]) -> Told:
     import numpy as np
     import torch
 
-    from cytodiffusion.files import whole, writing_to
+    from cytodiffusion.files import write_arrays
 
     if path.exists():
         with np.load(path) as found:
             return Told(found["probabilities"], float(found["seconds"]), int(found["steps"]))
     torch.set_num_threads(1)  # the most work in a minute of the processor
     told = train()
-    with writing_to(path.parent), whole(path) as part, part.open("wb") as file:
-        np.savez(file, **vars(told))
+    write_arrays(path, **vars(told))
     return told
 
 

@@ -84,8 +84,9 @@ def _widen(image: Image.Image, x: float, y: float, side: float) -> tuple[Image.I
 def decode(data: bytes) -> Image.Image:
     """Decode an image file to 8-bit RGB, upright.
 
-    16-bit and float greys are brought to 8 bits by their own range of values; transparency is laid
-    on white. Raises UnreadableImage, saying why, for anything that is not a whole image.
+    16-bit and float greys are brought to 8 bits by their own range of values; of 16-bit colours the upper
+    8 bits are taken, which must be in use; transparency is laid on white. Raises UnreadableImage, saying
+    why, for anything that is not one whole image.
     """
     if not data:
         raise UnreadableImage("the file is empty")
@@ -94,8 +95,13 @@ def decode(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             _refuse_huge(image)
+            _refuse_several(image)
+            deep = any(";16" in str(tile) for tile in image.tile)  # as stored: Pillow keeps 8 bits
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            rgb = _to_rgb(ImageOps.exif_transpose(image))
+            if deep and image.mode.startswith("RGB"):
+                _refuse_shallow(rgb)
+            return rgb
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -109,6 +115,28 @@ def _refuse_huge(image: Image.Image) -> None:
     if width * height > MAX_PIXELS:
         raise UnreadableImage(
             f"{width} x {height} px is more than {MAX_PIXELS:,} pixels; crop single cells first"
+        )
+
+
+def _refuse_several(image: Image.Image) -> None:
+    """Pages of one size are images of their own; smaller ones beside the first are of the same."""
+    count, size = getattr(image, "n_frames", 1), image.size
+    if image.format not in ("TIFF", "GIF") or count == 1:
+        return
+    image.seek(1)
+    again = image.size
+    image.seek(0)
+    if again == size:
+        raise UnreadableImage(f"{count} images in one file; save each in a file of its own")
+
+
+def _refuse_shallow(rgb: Image.Image) -> None:
+    """Of 10 or 12 bits in 16, Pillow leaves next to nothing."""
+    brightest = np.asarray(rgb).max(initial=0)
+    if brightest < 64:
+        raise UnreadableImage(
+            f"its 16-bit colours reach {(int(brightest) + 1) * 256 - 1:,} of 65,535 at the most; save it "
+            "with 8 bits a colour, or scale its values to the full range"
         )
 
 

@@ -14,7 +14,6 @@ it is named and not passed over in silence; what commonly lies beside images (`P
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 from cytodiffusion.data.archives import is_archive, open_archive
 from cytodiffusion.data.boxes import is_coco, parse_json, read_coco, read_voc
 from cytodiffusion.data.sample import FileBytes, Sample, Source, Tree, to_text
-from cytodiffusion.data.split import read_split
+from cytodiffusion.data.split import SPLITS, csv_lines, read_split, split_word
 from cytodiffusion.data.tables import read_npz, read_parquet
 from cytodiffusion.errors import DataError, UnreadableImage
 
@@ -36,7 +35,6 @@ TABLES = frozenset((".csv", ".tsv", ".json", ".jsonl", ".npz", ".npy", ".parquet
 TEXTS = frozenset((".txt", ".md", ".yaml", ".yml", ".html", ".py"))
 PAPERS = TABLES | TEXTS  # what may lie beside images without being meant as one
 PAPER_NAMES = frozenset(("license", "licence", "readme", "notice", "thumbs.db", "desktop.ini"))
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 COLUMNS = {  # accepted headings, best first; in the order of a Sample's fields
     "path": ("path", "file", "filename", "file_name", "image"),
     "label": ("label", "class"),
@@ -67,7 +65,7 @@ def read_dataset(
             f"There is nothing at {path}. Give a folder of images (with a subfolder per class, where there "
             "are labels), a manifest, an archive or an image."
         )
-    samples = _read(path, margin)
+    samples, split = _read(path, margin), split_word(split)
     if splits is not None:
         samples = _apply_splits(samples, Path(splits), split, path)
     elif split is not None:
@@ -216,12 +214,16 @@ def _read_manifest(tree: Tree, name: str, data: bytes) -> list[Sample]:
     where = tree.where / name
     try:
         text = data.decode("utf-8-sig")
-        lines = _json_lines(text) if name.lower().endswith("l") else _csv_lines(text)
+        lines = _json_lines(text) if name.lower().endswith("l") else csv_lines(text)
     except (ValueError, RecursionError, csv.Error) as error:
         raise DataError(
             f"The manifest {where} cannot be read ({error}). It must be UTF-8 text: CSV with a "
             "first line path,label or one JSON object a line."
         ) from error
+    if not lines:
+        raise DataError(
+            f"The manifest {where} lists no images. Each line names one, and its label."
+        )
     rows = [_fields(line, number, where) for number, line in lines]
     samples = [_manifest_sample(row, tree) for row in rows]
     _refuse_repeats([sample.name for sample in samples], where)
@@ -233,13 +235,7 @@ def _manifest_sample(row: Mapping[str, str | None], tree: Tree) -> Sample:
     label, patient, slide, split = (
         value and to_text(value) for column, value in row.items() if column != "path"
     )
-    return Sample(to_text(path), label, patient, slide, split, source=tree.source(path))
-
-
-def _csv_lines(text: str) -> list[tuple[int, Mapping[str, Any]]]:
-    first = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=first.count)
-    return list(enumerate(csv.DictReader(io.StringIO(text), delimiter=delimiter), start=2))
+    return Sample(to_text(path), label, patient, slide, split_word(split), source=tree.source(path))
 
 
 def _json_lines(text: str) -> list[tuple[int, Mapping[str, Any]]]:

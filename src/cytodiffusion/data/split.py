@@ -28,6 +28,7 @@ from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import DataError, SettingsError
 from cytodiffusion.files import write_file
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 FRACTIONS: Mapping[str, float] = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 Group = Literal["auto", "patient", "slide"]
@@ -244,16 +245,15 @@ def read_split(path: Path | str, known: Collection[str] = ()) -> list[Row]:
     """
     path = Path(path)
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"path", "label", "split"} - set(reader.fieldnames or ())
-            lines = [] if missing else list(reader)
+        lines = csv_lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"The split file {path} cannot be read ({error}). Give a CSV file with the columns "
             "path,label,split."
         ) from error
-    if missing:
+    if not lines:
+        raise DataError(f"The split file {path} lists no images. Make one with `data split`.")
+    if missing := {"path", "label", "split"} - lines[0][1].keys():
         raise DataError(
             f"The split file {path} lacks the columns {', '.join(sorted(missing))}. Its first line "
             "must name path,label,split."
@@ -261,17 +261,33 @@ def read_split(path: Path | str, known: Collection[str] = ()) -> list[Row]:
     return _rows(lines, path, known)
 
 
-def _rows(lines: list[dict[str, str]], path: Path, known: Collection[str]) -> list[Row]:
+def csv_lines(text: str) -> list[tuple[int, dict[str, str]]]:
+    """Numbers and fields of the lines of a CSV file, the first of which names the columns.
+
+    Commas, semicolons or tabs divide it; headings are in lower case, spaces around anything are cut off.
+    """
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+    return [
+        (number, {str(k).strip().lower(): v.strip() for k, v in line.items() if isinstance(v, str)})
+        for number, line in enumerate(reader, start=2)
+    ]
+
+
+def split_word(split: str | None) -> str | None:
+    """Our word for a split that others call valid or Test; other words stay."""
+    return split and SPLITS.get(split.lower(), split)
+
+
+def _rows(lines: list[tuple[int, dict[str, str]]], path: Path, known: Collection[str]) -> list[Row]:
     rows: dict[str, Row] = {}
-    for number, line in enumerate(lines, start=2):
-        name = line["path"] or ""
+    for number, line in lines:
+        name, label, split = (line.get(column, "") for column in ("path", "label", "split"))
         if name not in known:
             name = name.replace("\\", "/").removeprefix("./")
-        if not name or not line["split"]:
+        if not name or not split:
             raise DataError(f"Line {number} of {path} has no path or no split. Fill it or drop it.")
         if name in rows:
             raise DataError(f"{path} lists '{name}' twice, again in line {number}. Keep one line.")
-        rows[name] = Row(name, line["label"] or "", line["split"])
-    if not rows:
-        raise DataError(f"The split file {path} lists no images. Make one with `data split`.")
+        rows[name] = Row(name, label, str(split_word(split)))
     return list(rows.values())

@@ -46,6 +46,7 @@ from cytodiffusion.data.images import to_tensor
 from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, percentiles
 from cytodiffusion.evaluate.report import fill
+from cytodiffusion.files import write_arrays
 
 LEVELS, LOW, HIGH = 8, 0.05, 5.0  # of the trials that are spread over noise levels
 NEIGHBOURS = 5
@@ -75,14 +76,8 @@ class Measured:
     features: Float[np.ndarray, "n f"]
 
     def save(self, path: Path) -> None:
-        """Write one NPZ file, whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.savez_compressed(
-                file, errors=self.errors, ladder=self.ladder, features=self.features
-            )
-        part.replace(path)
+        """Write one NPZ file. Raises OutputError."""
+        write_arrays(path, errors=self.errors, ladder=self.ladder, features=self.features)
 
     @classmethod
     def load(cls, path: Path) -> Measured:
@@ -104,16 +99,11 @@ def measure(
     own = classifier.budget("full").draws
     draws = replace(own, trials=own.trials + spread_trials(own.seed, classifier.space.scale).trials)
     work = replace(classifier.measurement("full"), draws=draws, policy=None)
-    errors, features = work.nothing(classifier.meter, len(pixels))
 
     def prepare(place: int) -> tuple[Tensor, str]:
         return to_tensor(pixels[place]).to(classifier.device), cells.digests[place]
 
-    for done, (place, *one) in enumerate(
-        work.stream(classifier.meter, range(len(pixels)), prepare, workers), start=1
-    ):
-        errors[place], features[place] = one
-        yield done
+    errors, features = yield from work.follow(classifier.meter, len(pixels), prepare, workers)
     return Measured(errors[:, : len(own)], errors[:, len(own) :], features)
 
 

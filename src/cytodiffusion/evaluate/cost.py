@@ -41,6 +41,7 @@ from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, perce
 from cytodiffusion.evaluate.metrics import balanced_accuracy
 from cytodiffusion.evaluate.report import fill
 from cytodiffusion.evaluate.views import PaperView
+from cytodiffusion.files import write_arrays
 from cytodiffusion.types import PIXELS
 
 PROCEDURES = (
@@ -61,15 +62,11 @@ class Measured:
     seconds: float
 
     def save(self, path: Path) -> None:
-        """Write one NPZ file, whole."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.savez_compressed(
-                file, errors=self.errors, features=self.features, truth=self.truth,
-                digests=np.array(self.digests), seconds=np.array(self.seconds),
-            )  # fmt: skip
-        part.replace(path)
+        """Write one NPZ file. Raises OutputError."""
+        write_arrays(
+            path, errors=self.errors, features=self.features, truth=self.truth,
+            digests=np.array(self.digests), seconds=np.array(self.seconds),
+        )  # fmt: skip
 
     @classmethod
     def load(cls, path: Path) -> Measured:

@@ -99,10 +99,10 @@ class Run:
         self.model, self.optimizer = self.accelerator.prepare(self.learner, self.optimizer)
 
     def _claim(self) -> None:
-        """Write the settings, or check that they are the ones this folder was begun with."""
+        """Write the settings, or check that they are the ones that what is there was trained with."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.yaml"
-        if path.exists():
+        if path.exists() and latest_checkpoint(self.folder / "checkpoint") is not None:
             begun = load_settings(path).model_copy(update={"steps": self.settings.steps})
             if begun != self.settings:
                 raise SettingsError(
@@ -138,6 +138,11 @@ class Run:
         if self.accelerator.scaler is not None:  # of float16, whose gradients are scaled
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        if self.step > self.settings.steps:
+            raise SettingsError(
+                f"{self.folder} has done {self.step:,} steps; fewer cannot be asked for. Give at least so "
+                "many, or another folder to start anew."
+            )
 
     def save(self) -> None:
         """Write a checkpoint (main process only)."""

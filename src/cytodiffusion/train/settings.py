@@ -7,8 +7,9 @@ for `steps`, which may grow: the learning rate is constant until the last part o
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -227,8 +228,29 @@ def _validated(values: Any, source: str) -> TrainSettings:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            near = get_close_matches(where, setting_names(), cutoff=0.5)
+            near = near or [name for name in setting_names() if name.count(".") == where.count(".")]
+            raise SettingsError(
+                f"There is no setting '{where}' ({source}). Did you mean one of: {', '.join(near)}?"
+            ) from error
         named = f"Setting '{where}'" if where else "The settings"
         raise SettingsError(f"{named} ({source}): {first['msg']}.") from error
+
+
+def setting_names(kind: type[BaseModel] = TrainSettings, within: str = "") -> dict[str, Any]:
+    """Every setting by its name, a.b for those inside others, with its field."""
+    found = dict[str, Any]()
+    for name, field in kind.model_fields.items():
+        inner = next(
+            (t for t in (field.annotation, *get_args(field.annotation)) if _is_model(t)), None
+        )
+        found |= setting_names(inner, f"{within}{name}.") if inner else {within + name: field}
+    return found
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def load_settings(path: Path) -> TrainSettings:
