@@ -139,6 +139,8 @@ WRONG_PREDICT = {
     "no images": (["{empty}"], "holds no images"),
     "no such model": (["{cells}", "-m", "nonsense"], "There is no model 'nonsense'"),
     "no such budget": (["{cells}", "--budget", "cheap"], "no budget 'cheap'. It has: fast"),
+    "no classes": (["{cells}", "--classes", ""], "--classes names no class. There are: eosinophil, "),
+    "nothing but commas": (["{cells}", "--classes", " , "], "--classes names no class"),
     "coverage": (["{cells}", "--coverage", "1.5"], "Coverage must lie between 0 and 1"),
     "device": (["{cells}", "--device", "abacus"], "There is no device 'abacus'"),
     "no number of a device": (["{cells}", "--device", "cpu:zz"], "There is no device 'cpu:zz'"),
@@ -162,8 +164,10 @@ WRONG_EVALUATE = {
 }  # fmt: skip
 WRONG_TRAIN = {
     "preset": (["{cells}", "--preset", "huge"], "There is no preset 'huge'. There are: tiny"),
-    "no such setting": (["{cells}", "--set", "colour=1"], "Setting 'colour'"),
-    "no such inner setting": (["{cells}", "--set", "network.depth=1"], "Setting 'network.depth'"),
+    "no such setting": (["{cells}", "--set", "colour=1"], "no setting 'colour'"),
+    "nearly a setting": (["{cells}", "--set", "step=5"], "no setting 'step' (preset tiny). Did you mean one of: steps"),
+    "no such inner setting": (["{cells}", "--set", "network.depth=1"], "no setting 'network.depth'"),
+    "nearly an inner setting": (["{cells}", "--set", "network.widths=8"], "network.width"),
     "inner setting of a number": (["{cells}", "--set", "steps.x=1"], "'steps'"),
     "no value": (["{cells}", "--set", "steps"], "is not name=value"),
     "a bad value": (["{cells}", "--set", "steps=many"], "Setting 'steps'"),
@@ -307,8 +311,40 @@ def test_data_split(messy: Path, tmp_path: Path) -> None:
     first = out.read_bytes()
     cli("data", "split", messy, "-o", out)
     assert out.read_bytes() == first
-    cli("data", "split", messy, "-o", out, "--seed", "1")
-    assert out.read_bytes() != first
+    other = tmp_path / "other.csv"
+    cli("data", "split", messy, "-o", other, "--seed", "1")
+    assert other.read_bytes() != first
+
+
+def test_a_split_that_is_there_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None:
+    """Results may hang on it. Where it says the same, also in other words, there is nothing to lose."""
+    out, words = tmp_path / "s.csv", ("data", "split", tiny.cells, "-o", tmp_path / "s.csv")
+    assert cli(*words).code == 0
+    first = out.read_bytes()
+    told = cli(*words, "--seed", 1)
+    assert told.code == 2
+    assert str(out) in told.complaint
+    assert out.read_bytes() == first
+    out.write_bytes(b"\xef\xbb\xbf" + first.replace(b",", b";").replace(b"\n", b"\r\n"))
+    assert cli(*words).code == 0
+    out.write_text("my notes\n")
+    told = cli(*words)
+    assert told.code == 2
+    assert str(out) in told.complaint
+    assert out.read_text() == "my notes\n"
+
+
+def test_data_check_names_labels_that_no_class_has(tmp_path: Path) -> None:
+    """Of the taxonomy in use: ours, or one's own."""
+    source = spelled(tmp_path / "in", {"martian": CLASSES[0], "Lymphocytes": CLASSES[1]}, each=2)
+    told = cli("data", "check", source)
+    assert told.code == 0, told.err
+    (line,) = [line for line in told.err.splitlines() if "martian" in line]
+    assert "taxonomy" in line
+    assert "ymphocyte" not in line
+    (tmp_path / "my.yaml").write_text(MARTIANS)
+    told = cli("data", "check", source, "--taxonomy", tmp_path / "my.yaml")
+    assert "martian" not in told.err
 
 
 MARTIANS = """classes:
@@ -520,6 +556,25 @@ def test_evaluate_again_says_the_same(tiny: Tiny, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_evaluate_of_another_split_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """Also of the same cells; the table and the measures stay those of the first."""
+    splits, out = tiny.run / "splits.csv", tmp_path / "out"
+    words = (tiny, tiny.cells, out, "--splits", splits)
+    assert evaluate(*words, "--split", "test").code == 0
+    before = contents(out)
+    again = Path(shutil.copy(splits, tmp_path / "again.csv"))
+    for other, named in (
+        (("--splits", splits, "--split", "val"), "val"),
+        (("--splits", again, "--split", "test"), str(again)),
+    ):
+        told = evaluate(tiny, tiny.cells, out, *other)
+        assert told.code == 2
+        assert "another input" in told.complaint
+        assert named in told.complaint
+        assert contents(out) == before
+    assert evaluate(*words, "--split", "test").code == 0
+
+
 def test_evaluate_with_fewer_answers(tiny: Tiny, tmp_path: Path) -> None:
     two = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
     shutil.rmtree(two / "eosinophil")
@@ -534,6 +589,20 @@ def test_evaluate_with_fewer_answers(tiny: Tiny, tmp_path: Path) -> None:
             1, abs=2e-6
         )
         assert "eosinophil" not in row["set"]
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate"])
+def test_classes_in_other_spellings(tiny: Tiny, tmp_path: Path, verb: str) -> None:
+    """Capitals, plurals, a comma too much: the same request as in the model's own words."""
+    source = tmp_path / "in"
+    shutil.copytree(tiny.cells / "neutrophil", source / "neutrophil")
+    words = (verb, source, "-m", tiny.bundle, "-o", tmp_path / "out", *CPU, "--classes")
+    assert cli(*words, "neutrophil,lymphocyte").code == 0
+    before = contents(tmp_path / "out")
+    told = cli(*words, "NEUTROPHIL , Lymphocytes,")
+    assert told.code == 0, told.err
+    assert contents(tmp_path / "out") == before
+    assert "prob_eosinophil" not in table(tmp_path / "out" / "predictions.csv")[0]
 
 
 def test_evaluate_takes_other_spellings(tiny: Tiny, tmp_path: Path) -> None:
@@ -634,6 +703,60 @@ def test_train_with_other_settings_is_refused(tiny: Tiny, tmp_path: Path) -> Non
     assert contents(run) == before
 
 
+def test_train_again_with_more_cells_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """They would be left out in silence. With the run's own split file, they are left out on purpose."""
+    source = Path(shutil.copytree(tiny.cells, tmp_path / "in"))
+    run = Path(shutil.copytree(tiny.run, tmp_path / "run"))
+    before = contents(run)
+    write_discs(source, each=2, first=80)
+    told = cli("train", source, "-o", run, *TINY)
+    assert told.code == 2
+    assert f"6 labelled images are not in {run / 'splits.csv'}" in told.complaint
+    assert "eosinophil/80.png" in told.complaint
+    assert "another folder" in told.complaint
+    assert "--splits" in told.complaint
+    assert contents(run) == before
+
+
+def test_train_again_with_other_pixels_or_labels_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same names and with the same settings, the look of the frames among them."""
+    import cytodiffusion.cli.train as verb
+
+    monkeypatch.setattr(verb, "write_bundle", lambda *_: {"bundle": "left out"})
+    monkeypatch.setattr(verb, "with_look", lambda settings, *_: settings)
+    source, run = Path(shutil.copytree(tiny.cells, tmp_path / "in")), tmp_path / "run"
+    splits = Path(shutil.copy(tiny.run / "splits.csv", tmp_path / "s.csv"))
+    words = ("train", source, "-o", run, "--splits", splits, *TINY, "--set=steps=2")
+    assert cli(*words).code == 0
+    before, rows = contents(run), table(splits)
+    changed = next(row["path"] for row in rows if row["split"] == "train")
+    pixels = (source / changed).read_bytes()
+    (source / changed).write_bytes(png(disc("neutrophil", 700)))
+    refused = [cli(*words)]
+    (source / changed).write_bytes(pixels)
+    text = splits.read_text()
+    splits.write_text(text.replace(f"{changed},eosinophil,", f"{changed},neutrophil,"))
+    assert splits.read_text() != text
+    refused.append(cli(*words))
+    for told in refused:
+        assert told.code == 2
+        assert "other images or labels" in told.complaint
+    assert contents(run) == before
+    splits.write_text(text)
+    assert cli(*words).code == 0
+
+
+def test_fewer_steps_than_were_done_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny.run, tmp_path / "run"))
+    before = contents(run)
+    told = cli("train", tiny.cells, "-o", run, *TINY, "--set=steps=30")
+    assert told.code == 2
+    assert "40 steps" in told.complaint
+    assert contents(run) == before
+
+
 def test_train_goes_on_after_a_kill(tiny: Tiny, tmp_path: Path) -> None:
     """SIGKILL in the middle; run again it goes on from a checkpoint and writes the bundle."""
     words = ["train", str(tiny.cells), "-o", str(tmp_path / "run"), *TINY]
@@ -726,6 +849,39 @@ def test_train_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("PATH", "")
     assert commit().startswith("v")
+
+
+def test_train_says_how_many_labelled_cells_are_in_no_split_of_its_own(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest with an empty split, and with a word that is none of ours; others' words are understood."""
+    import cytodiffusion.cli.train as verb
+
+    monkeypatch.setattr(verb, "write_bundle", lambda *_: {"bundle": "left out"})
+    rows = table(tiny.run / "splits.csv")
+    words = {"train": "Train", "val": " valid", "test": "TEST"}
+    splits = [words[row["split"]] for row in rows]
+    mine = [i for i, row in enumerate(rows) if row["split"] == "train"][:5]
+    for i, word in zip(mine, ("", "", "holdout", "holdout", "holdout"), strict=True):
+        splits[i] = word
+    lines = [
+        f"{tiny.cells / row['path']}; {row['label']};{word}"
+        for row, word in zip(rows, splits, strict=True)
+    ]
+    manifest = tmp_path / "cells.csv"
+    manifest.write_text("\n".join(["PATH; Label;Split", *lines]) + "\n")
+    told = cli("train", manifest, "-o", tmp_path / "run", *TINY, "--set=steps=1")
+    assert told.code == 0, told.err
+    (line,) = [line for line in told.err.splitlines() if "left out" in line]
+    assert line.startswith("5 labelled images")
+    assert "none 2" in line
+    assert "holdout 3" in line
+    words["val"] = "holdout"
+    manifest.write_text(manifest.read_text().replace("; valid\n", "; holdout\n").replace(";  valid", ";holdout"))
+    manifest.write_text(manifest.read_text().replace("; valid", ";holdout").replace(";valid", ";holdout"))
+    told = cli("train", manifest, "-o", tmp_path / "other", *TINY, "--set=steps=1")
+    assert told.code == 2
+    assert "holdout" in told.complaint
 
 
 # --- models, doctor ------------------------------------------------------------------------------

@@ -14,7 +14,14 @@ import pytest
 from cytodiffusion.bundle import ZOO
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "docs/map.md", "docs/log.md", "docs/drawn.md", "CHANGELOG.md")
+NAMES = (
+    "README.md",
+    "docs/map.md",
+    "docs/log.md",
+    "docs/drawn.md",
+    "docs/input.md",
+    "CHANGELOG.md",
+)
 PAGES = [ROOT / name for name in NAMES]
 
 

@@ -382,6 +382,29 @@ def test_another_request_is_refused(
     assert contents(tmp_path) == before
 
 
+def test_another_input_is_refused(tiny: Tiny, cells: Path, tmp_path: Path) -> None:
+    """Its rows would take the place of the first ones, which stay, times included."""
+    other = write_discs(tmp_path / "other", each=1, first=70)
+    name(tiny, cells, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    told = name(tiny, other, tmp_path / "out")
+    assert told.code == 2
+    assert f"{cells.resolve()}; now {other.resolve()}" in told.complaint
+    assert contents(tmp_path / "out") == before
+
+
+def test_another_way_to_the_same_input_is_the_same_input(
+    tiny: Tiny, cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name(tiny, cells, tmp_path / "out")
+    (tmp_path / "link").symlink_to(cells)
+    monkeypatch.chdir(cells.parent)
+    calls = Calls(monkeypatch)
+    for way in (Path(cells.name), tmp_path / "link"):
+        assert name(tiny, way, tmp_path / "out").code == 1  # two images cannot be read
+    assert calls.images == 0
+
+
 def test_another_model_of_the_same_name_is_refused(
     tiny: Tiny, model: Model, cells: Path, tmp_path: Path
 ) -> None:

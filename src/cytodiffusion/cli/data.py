@@ -59,13 +59,17 @@ def split(
     """Write a split: stratified, disjoint by patient or slide, duplicates on one side."""
     from cytodiffusion.data.check import check as check_samples
     from cytodiffusion.data.readers import read_dataset
-    from cytodiffusion.data.split import read_split, write_split
+    from cytodiffusion.data.split import check_fractions, read_split, write_split
     from cytodiffusion.data.split import split as deal
     from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.errors import OutputError, SettingsError
 
     if group not in ("auto", "patient", "slide", "none"):
         raise SettingsError(f"--group takes auto, patient, slide or none, not '{group}'.")
+    fractions = {
+        name: share for name, share in (("train", train), ("val", val), ("test", test)) if share
+    }
+    check_fractions(fractions)
     console = Console(json)
     samples = Taxonomy.load(taxonomy).respell(read_dataset(source))
     found = check_samples(
@@ -73,9 +77,6 @@ def split(
         progress=lambda done: console.progress("comparing", done, len(samples), "images"),
     )
     bad = {name for name, _ in found.unreadable}
-    fractions = {
-        name: share for name, share in (("train", train), ("val", val), ("test", test)) if share
-    }
     dealt = deal(
         [sample for sample in samples if sample.name not in bad],
         fractions,

@@ -55,11 +55,17 @@ def list_parts(bench: Bench, splits: Path | None, split: str) -> Parts:
     from cytodiffusion.cli.train import split_samples
     from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
+    from cytodiffusion.errors import DataError
 
     out, labels, seed = bench.out, bench.labels, bench.settings.seed
     parts: Parts = split_samples(bench.source, splits, out, seed, labels, bench.console)
     made = out / "splits.csv"  # by split_samples, where the set has none
     given = splits or (made if made.is_file() else None)
+    if made.is_file() and splits is None and not parts.get(split, True):
+        raise DataError(
+            f"{bench.source} has too few cells of a class for a part to test on. Give more, or a split of "
+            "your own with --splits."
+        )
     tested = labels.respell(read_dataset(bench.source, splits=given, split=split))
     refuse_marked(tested)
     if bench.held is not None:  # nor of an image without a label is it known that it is not of it

@@ -77,7 +77,7 @@ def split(
     an image without a label, or a column that is asked for and empty; SettingsError for fractions
     that are not positive or do not add up to 1.
     """
-    _check_fractions(fractions)
+    check_fractions(fractions)
     samples = sorted(samples, key=lambda sample: sample.name)
     every = _labels(samples)
     drawn = {name: "train" for name in every if name in synthetic}
@@ -100,7 +100,7 @@ def split(
     return Split(rows, column, notes)
 
 
-def _check_fractions(fractions: Mapping[str, float]) -> None:
+def check_fractions(fractions: Mapping[str, float]) -> None:
     total = sum(fractions.values())
     if not fractions or min(fractions.values()) <= 0 or abs(total - 1) > 1e-6:
         given = ", ".join(f"{name} {value:g}" for name, value in fractions.items()) or "none"
