@@ -21,6 +21,7 @@ from cytodiffusion.bundle import (
     Model,
     Parts,
     check_files,
+    check_place,
     find_bundle,
     load,
     replace_texts,
@@ -379,6 +380,48 @@ def test_save_into_a_file_is_refused(model: Model, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError):
         save_bundle(tmp_path / "file" / "b", parts(model))
+
+
+@pytest.mark.parametrize("way", [".", "../b", "b"])
+def test_the_working_folder_is_no_place_for_a_bundle(
+    tiny: Tiny, tmp_path: Path, monkeypatch, way: str
+) -> None:
+    """It would be replaced while it is worked in. One clear line; what it holds stays."""
+    folder = tiny.copy(tmp_path / "b")
+    monkeypatch.chdir(folder)
+    place = folder if way == "b" else Path(way)
+    with pytest.raises(OutputError, match="working folder") as told:
+        check_place(place)
+    assert "\n" not in str(told.value)
+    said = cli("models", "calibrate", tiny.cells, "-m", tiny.bundle, "-o", place, "--device", "cpu")
+    assert said.code == 2
+    assert "working folder" in said.complaint
+    assert contents(folder) == contents(tiny.bundle)
+
+
+def test_a_bundle_beside_the_working_folder_is_saved_by_any_name(
+    model: Model, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for way in (Path("b"), Path("../b"), Path("./c/")):
+        check_place(way)
+        save_bundle(way, parts(model))
+        check_files(way)
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("*")) == ["b", "here"]
+    assert sorted(path.name for path in Path().iterdir()) == ["b", "c"]
+
+
+def test_a_run_is_the_bundle_in_it(tiny: Tiny, tmp_path: Path) -> None:
+    assert find_bundle(tiny.run) == find_bundle(tiny.bundle) == tiny.bundle
+    assert find_bundle(str(tiny.run)) == tiny.bundle
+    image = tiny.cells / "neutrophil" / "00.png"
+    told = cli("predict", image, "-m", tiny.run, "-o", tmp_path / "out", "--device", "cpu")
+    assert told.code == 0, told.err
+    assert cli("models", "verify", tiny.run, "--device", "cpu").code == 0
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ModelError, match="no model"):
+        find_bundle(tmp_path / "bare")
 
 
 def test_save_takes_the_place_of_what_a_killed_save_left(model: Model, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cytodiffusion.bundle import ZOO
+from cytodiffusion.train.settings import make_settings, setting_names
 
 ROOT = Path(__file__).parent.parent
 NAMES = (
@@ -34,6 +35,27 @@ def test_cli_page_is_current():
     """docs/cli.md is what `make docs` writes."""
     made = runpy.run_path(str(ROOT / "docs/make_cli.py"))["render"]()
     assert (ROOT / "docs/cli.md").read_text() == made, "run `make docs`"
+
+
+def leaves(values, within=""):
+    """Names of what is no table, a.b for those inside others."""
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        yield from leaves(value, f"{within}{name}.") if inner else [within + name]
+
+
+def test_every_setting_has_its_line():
+    """Those of the presets of both kinds of network, each once, with a value and what it is."""
+    presets = (make_settings(preset).model_dump() for preset in ("cpu", "paper-in-domain"))
+    wanted = {name for preset in presets for name in leaves(preset)} - {"latent"}
+    assert len(wanted) > 50
+    assert set(setting_names()) == wanted
+    section = (ROOT / "docs/cli.md").read_text().split("\n## Settings\n")[1]
+    rows = re.findall(r"^\| `([^`]+)` \| (.+) \| (.+) \|$", section, re.MULTILINE)
+    assert sorted(name for name, *_ in rows) == sorted(wanted)
+    assert "None" not in {told for *_, told in rows}
+    values = {name: value for name, value, _ in rows}
+    assert (values["steps"], values["network.width"]) == ("17000", "48")
 
 
 def test_readme_python_runs():

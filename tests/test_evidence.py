@@ -186,6 +186,37 @@ def test_measure_is_what_it_says():
     assert FULL[i, t, 1] == pytest.approx((guess - clean).square().mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("before", [0, 7])
+def test_followed_it_is_the_same(before, workers):
+    """To the bit, and told cell by cell; the policy makes some cells end before others."""
+    work = Measurement(DRAWS, K + 1, POSES, policy=dropping, batch=2)
+    wanted = work.look(DenoiserMeter(WORLD), IMAGES, NAMES)
+    following = work.follow(
+        DenoiserMeter(WORLD), 4, lambda place: (IMAGES[place], NAMES[place]), workers, before
+    )
+    told = []
+    while True:
+        try:
+            told.append(next(following))
+        except StopIteration as end:
+            found = end.value
+            break
+    assert told == [before + done for done in (1, 2, 3, 4)]
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.isnan(found[0]).any()
+
+
+def test_followed_without_cells():
+    work = Measurement(DRAWS, K + 1, POSES)
+    following = work.follow(DenoiserMeter(WORLD), 0, lambda place: (IMAGES[place], NAMES[place]))
+    with pytest.raises(StopIteration) as end:
+        next(following)
+    errors, features = end.value.value
+    assert (len(errors), len(features)) == (0, 0)
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_what_has_left_is_missing(together):
     found = measure(

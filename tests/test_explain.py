@@ -382,6 +382,26 @@ def test_an_unreadable_image_is_named_and_the_rest_is_done(bundle: Path, tmp_pat
     assert [row["path"] for row in told.json["explanations"]] == ["good.png"]
 
 
+def test_nothing_to_explain_leaves_the_report_as_it_was(
+    bundle: Path, cells: Path, tmp_path: Path
+) -> None:
+    """A cell that is already what was asked for, and an image that cannot be read."""
+    path, out = next((cells / CLASSES[0]).iterdir()), tmp_path / "out"
+    words = ["-m", bundle, "-o", out, "--device", "cpu", "--no-faithful"]
+    told = cli("explain", path, *words, "--json")
+    assert told.code == 0, told.err
+    before = (out / "report.html").read_bytes()
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    own = told.json["explanations"][0]["predicted"]
+    for more, code in (([path, "--against", own], 0), ([tmp_path / "bad.png"], 1)):
+        for place in (out, tmp_path / f"new-{code}"):
+            again = cli("explain", *more, *words, "-o", place)
+            assert again.code == code, again.err
+            assert "Nothing was explained" in again.out
+        assert (out / "report.html").read_bytes() == before
+        assert not (tmp_path / f"new-{code}" / "report.html").exists()
+
+
 @pytest.mark.parametrize(
     "words", [["--against", "blast"], ["-m", "nonsense"], ["--budget", "huge"]], ids=str
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from cytodiffusion.bundle import ZOO, load
+from cytodiffusion.cli.console import Console
+from cytodiffusion.cli.fidelity import Cells, _authentic
 from cytodiffusion.data.images import to_tensor
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.diffusion.precondition import EDMDenoiser
@@ -291,6 +295,28 @@ def test_the_bench(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert "independent classifier" not in given.err  # it is not trained anew
     assert given.json["agreement"] == found["agreement"]
     assert "that was trained before, on 42 images" in (tmp_path / "given/report.html").read_text()
+
+
+def test_a_model_of_another_size_measures_anew(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real or drawn is told at the size of the model: what was found at another is not taken over."""
+    sizes, small = [], load(made[0])
+    larger = replace(small, preprocess=small.preprocess.model_copy(update={"size": 24}))
+
+    def told(real: np.ndarray, *_: object) -> Iterator[int]:
+        sizes.append(real.shape[-1])
+        yield from ()
+        return {"size": real.shape[-1]}
+
+    monkeypatch.setattr("cytodiffusion.evaluate.fidelity.real_or_drawn", told)
+    for model in (small, larger, small, larger):
+        size = model.preprocess.size
+        pixels, names = np.zeros((4, 3, size, size), np.uint8), list("abcd")
+        cells = Cells(pixels, np.zeros(4, int), names, names, pixels)
+        found = _authentic(model, (cells, cells), "settings", tmp_path, "cpu", Console(False))
+        assert found == {"size": size}
+    assert sizes == [16, 24]
 
 
 def test_wrong_calls_write_nothing(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

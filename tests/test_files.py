@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cytodiffusion.errors import OutputError
-from cytodiffusion.files import whole, write_file, writing_to
+from cytodiffusion.files import whole, write_arrays, write_file, writing_to
 
 
 def names(folder: Path) -> list[str]:
@@ -37,6 +38,35 @@ def test_cut_half_way_the_old_file_stays_alone(tmp_path: Path, error: BaseExcept
     with pytest.raises(type(error)):
         half_way()
     assert (names(tmp_path), (tmp_path / "x.csv").read_text()) == (["x.csv"], "old")
+
+
+def test_arrays_come_back(tmp_path: Path) -> None:
+    rows, words = np.arange(6.0).reshape(2, 3), np.array(["é", "b"])
+    for shift in (0, 1):
+        write_arrays(tmp_path / "new" / "x.npz", rows=rows + shift, words=words, steps=7)
+        with np.load(tmp_path / "new" / "x.npz") as found:
+            assert set(found.files) == {"rows", "words", "steps"}
+            np.testing.assert_array_equal(found["rows"], rows + shift)
+            assert (found["words"].tolist(), int(found["steps"])) == (["é", "b"], 7)
+    assert names(tmp_path / "new") == ["x.npz"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_arrays_are_written_whole_or_not_at_all(tmp_path: Path, there: bool) -> None:
+    """The second array cannot be written, after the first was."""
+
+    class Broken:
+        def __array__(self, *_: object, **__: object) -> np.ndarray:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "x.npz"
+    if there:
+        write_arrays(path, rows=np.zeros(3))
+    before = path.read_bytes() if there else None
+    with pytest.raises(OutputError, match="No space left on device"):
+        write_arrays(path, rows=np.ones(1000), others=Broken())
+    assert names(tmp_path) == ["x.npz"] * there
+    assert (path.read_bytes() if there else None) == before
 
 
 def test_a_disk_that_fills_up_is_told_in_one_line(tmp_path: Path) -> None:

@@ -169,9 +169,22 @@ def test_some_classes_from_a_seed_on(tiny: Tiny, out: Path, tmp_path: Path) -> N
     assert (tmp_path / "out" / paths[0]).read_bytes() == (out / paths[0]).read_bytes()
 
 
+def test_classes_in_other_spellings(tiny: Tiny, out: Path, tmp_path: Path) -> None:
+    """Each once, in folders of the model's own words."""
+    told = cli("generate", "-m", tiny.bundle, "-o", tmp_path / "out", "--classes",
+               "NEUTROPHIL, Eosinophils,neutrophil", "--per-class", 1, *QUICK)  # fmt: skip
+    assert told.code == 0, told.err
+    paths = [row["path"] for row in manifest(tmp_path / "out")]
+    assert sorted(paths) == ["eosinophil/000000.png", "neutrophil/000000.png"]
+    for path in paths:
+        assert (tmp_path / "out" / path).read_bytes() == (out / path).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--classes", ""], "--classes names no class"),
+        (["--classes", " ,"], "--classes names no class"),
         (["--classes", "blast"], "does not know the class 'blast'"),
         (["--sampler", "euler"], "There are: heun, ddim, dpm++"),
         (["-m", "nonsense"], "no model 'nonsense'"),

@@ -8,13 +8,17 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from helpers import CLASSES, cli, disc, write_discs
+from helpers import CLASSES, Tiny, cli, contents, disc, tiny_model, write_discs
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from cytodiffusion.cli import few
+from cytodiffusion.cli.console import Console
+from cytodiffusion.cli.train import split_samples
 from cytodiffusion.data.mark import SOURCE, Mark, marked_png, read_mark, refuse_marked
 from cytodiffusion.data.sample import HeldBytes, Sample
 from cytodiffusion.data.split import read_split, split
+from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.errors import DataError
 
 MARK = Mark("pbc8", "ab" * 32, 7, "lymphocyte")
@@ -108,3 +112,87 @@ def test_data_split_and_check(tmp_path: Path) -> None:
     assert len(rows) == 15
     found = cli("data", "check", cells, "--json").json
     assert found["synthetic"] == [f"{CLASSES[-1]}/drawn{i}.png" for i in range(3)]
+
+
+# --- where a model is tested, and where one is trained -------------------------------------------
+
+DRAWN = [f"{CLASSES[-1]}/drawn{i}.png" for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_model(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_marked(tmp_path_factory.mktemp("mark") / "mixed", each=6)
+
+
+def refused(out: Path, *words: object) -> str:
+    """The line with which they are refused; nothing is written."""
+    told = cli(*words, "-o", out, "--device", "cpu")
+    assert told.code == 2, told.err
+    assert not out.exists() or contents(out) == {}
+    assert f"3 of these images are marked as synthetic, first '{DRAWN[0]}'" in told.complaint
+    return told.complaint
+
+
+def test_evaluate_refuses_them(tiny: Tiny, mixed: Path, tmp_path: Path) -> None:
+    words = ("evaluate", mixed, "-m", tiny.bundle)
+    assert "test data" in refused(tmp_path / "out", *words)
+    real = [path for path in sorted(mixed.rglob("*.png")) if "drawn" not in path.name]
+    lines = [f"{path.relative_to(mixed)},{path.parent.name},test\n" for path in real]
+    lines += [f"{name},{CLASSES[-1]},train\n" for name in DRAWN]
+    (tmp_path / "s.csv").write_text("path,label,split\n" + "".join(lines))
+    refused(tmp_path / "out", *words, "--splits", tmp_path / "s.csv")
+    told = cli(*words, "--splits", tmp_path / "s.csv", "--split", "test", "-o", tmp_path / "real",
+               "--device", "cpu")  # fmt: skip
+    assert told.code == 0, told.err
+
+
+def test_models_calibrate_refuses_them(tiny: Tiny, mixed: Path, tmp_path: Path) -> None:
+    words = ("models", "calibrate", mixed, "-m", tiny.bundle)
+    assert "calibrate on" in refused(tmp_path / "b", *words)
+
+
+def test_a_foreign_set_of_bench_shift_has_none(tiny: Tiny, mixed: Path, tmp_path: Path) -> None:
+    words = ("bench", "shift", "--train", tiny.cells, "--foreign", mixed, "-m", tiny.bundle)
+    refused(tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize("each", [6, 24])
+def test_the_split_that_train_makes_has_them_in_train_alone(tmp_path: Path, each: int) -> None:
+    """Of few cells, of which none are left to test on, and of more."""
+    source = with_marked(tmp_path / "in", each=each, drawn=30)
+    parts = split_samples(source, None, tmp_path, 0, Taxonomy.load(), Console(False))
+    sides = {sample.name: side for side, found in parts.items() for sample in found}
+    drawn = {name for name in sides if "drawn" in name}
+    assert len(drawn) == 30
+    assert {sides[name] for name in drawn} == {"train"}
+    assert {row.split for row in read_split(tmp_path / "splits.csv") if row.name in drawn} == {
+        "train"
+    }
+    real = [side for name, side in sides.items() if name not in drawn]
+    assert len(real) == 3 * each
+    assert bool(real.count("test")) is (each > 20)  # as without the drawn ones
+    assert real.count("val") >= 6
+
+
+def test_the_split_of_bench_low_data_has_them_in_train_alone(tmp_path: Path) -> None:
+    source = with_marked(tmp_path / "in", each=8, drawn=20)
+    train, test = few.list_cells(source, None, "test", 0, Taxonomy.load())
+    assert sum("drawn" in sample.name for sample in train) == 20
+    assert not [sample.name for sample in test if "drawn" in sample.name]
+    assert len(test) == 6
+
+
+def test_bench_low_data_refuses_a_split_that_tests_on_them(mixed: Path, tmp_path: Path) -> None:
+    names = sorted(path.relative_to(mixed).as_posix() for path in mixed.rglob("*.png"))
+    lines = [
+        f"{name},{name.partition('/')[0]},{('train', 'test')[i % 2]}\n"
+        for i, name in enumerate(names)
+    ]
+    (tmp_path / "s.csv").write_text("path,label,split\n" + "".join(lines))
+    with pytest.raises(DataError, match="marked as synthetic"):
+        few.list_cells(mixed, tmp_path / "s.csv", "test", 0, Taxonomy.load())

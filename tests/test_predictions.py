@@ -389,7 +389,7 @@ def test_another_input_is_refused(tiny: Tiny, cells: Path, tmp_path: Path) -> No
     before = contents(tmp_path / "out")
     told = name(tiny, other, tmp_path / "out")
     assert told.code == 2
-    assert f"{cells.resolve()}; now {other.resolve()}" in told.complaint
+    assert "another input" in told.complaint
     assert contents(tmp_path / "out") == before
 
 

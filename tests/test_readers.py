@@ -397,6 +397,14 @@ def test_names_that_leave_the_archive(tmp_path: Path, name: str, evil: str) -> N
         read_dataset(pack(tmp_path / name, {"mono/a.png": "1", evil: "2"}))
 
 
+@ARCHIVES
+def test_a_name_that_is_none(tmp_path: Path, name: str) -> None:
+    """A file called "." would be the archive itself."""
+    with pytest.raises(DataError, match=r"holds '\.'") as told:
+        read_dataset(pack(tmp_path / name, {"mono/a.png": "1", ".": "2"}))
+    assert "\n" not in str(told.value)
+
+
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archives, "MAX_BYTES", 1000)
     monkeypatch.setattr(archives, "MAX_HELD", 5000)

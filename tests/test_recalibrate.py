@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import BUDGETS, CLASSES, Result, Tiny, cli, contents, tiny_model, write_discs
+from safetensors.torch import load_file, save_file
 
 from cytodiffusion import bundle as bundles
 from cytodiffusion import calibration, release
@@ -176,6 +177,31 @@ def test_a_bundle_gives_way_to_its_successor(before: Path, cells: Path, tmp_path
     assert (own / "drawing.json").read_text() == GAIN
     verify(own)
     assert load(own).config["origin"]["calibrated_on"] == "other-lab"
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_another_model_is_not_replaced(before: Path, cells: Path, tmp_path: Path) -> None:
+    """A bundle with other weights is not a predecessor: it would be lost."""
+    other = Path(shutil.copytree(before, tmp_path / "other"))
+    save_file(
+        {name: value + 1 for name, value in load_file(other / "model.safetensors").items()},
+        other / "model.safetensors",
+    )
+    bundles._write_checksums(other)
+    kept = contents(other)
+    told = calibrate(cells, before, other)
+    assert told.code == 2
+    assert f"{other} holds another model" in told.complaint
+    assert contents(other) == kept
+
+
+def test_a_bundle_of_the_same_weights_is_replaced(
+    before: Path, after: Path, cells: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(before, tmp_path / "out"))
+    told = calibrate(cells, before, out)
+    assert told.code == 0, told.err
+    assert contents(out) == contents(after)
 
 
 def test_unreadable_images_are_named_and_the_rest_is_done(

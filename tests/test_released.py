@@ -180,5 +180,9 @@ def test_the_demo(tmp_path: Path) -> None:
     told = cli("demo", "-o", tmp_path, "--device", "cpu")
     assert told.code == 0, told.err
     assert (tmp_path / "predictions.csv").is_file()
-    assert "<html" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<html" in page
     assert "report.html" in told.err
+    for said in (page, told.err):  # where many are flagged, so is why
+        assert "drawn by the model itself" in said
+        assert "flagged as anomalous" in said

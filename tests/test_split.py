@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers import cli, disc
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from cytodiffusion.data.sample import Sample
+from cytodiffusion.data.readers import read_dataset
+from cytodiffusion.data.sample import Sample, png
 from cytodiffusion.data.split import Row, connected, read_split, split, write_split
 from cytodiffusion.errors import DataError, OutputError, SettingsError
 
@@ -140,6 +143,51 @@ def test_a_file_comes_back(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("path,label,split\na/0000.png,a,")
     assert read_split(path) == rows
     assert [file.name for file in path.parent.iterdir()] == ["splits.csv"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path;label;split\na/0.png;a;train\na/1.png;a;val\nb/2.png;b;test\n",
+        "Path,LABEL,Split\na/0.png,a,Train\na/1.png,a,VALID\nb/2.png,b,Test\n",
+        "path, label, split\na/0.png, a, train\na/1.png , a, validation\nb/2.png,b , test \n",
+        "\ufeffsplit\tpath\tlabel\tnote\r\ntrain\ta/0.png\ta\t\r\nVal\ta\\1.png\ta\tx\r\ntest\t./b/2.png\tb\t\r\n",
+        'path,label,split\n"a/0.png","a","train"\n"a/1.png","a","valid"\n"b/2.png","b","test"',
+    ],
+    ids=["semicolons", "capitals", "spaces", "tabs", "quotes"],
+)
+def test_files_of_other_programs(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "s.csv"
+    path.write_bytes(text.encode())
+    assert read_split(path) == [
+        Row("a/0.png", "a", "train"), Row("a/1.png", "a", "val"), Row("b/2.png", "b", "test"),
+    ]  # fmt: skip
+
+
+def test_a_word_of_ones_own_stays(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("path,label,split\n0.png,a,Fold 2\n")
+    assert read_split(path) == [Row("0.png", "a", "Fold 2")]
+
+
+def test_what_data_split_writes_is_found_again(tmp_path: Path) -> None:
+    """Names with a backslash, with bytes that are no text, and with what divides columns."""
+    odd = [b"back\\slash.png", b"caf\xe9.png", b'a, "b"; c\td.png', "größe.png".encode()]
+    for folder, first in (("neutrophil", 0), ("lymphocyte", 20)):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        for i in range(first, first + 12):
+            name = os.fsdecode(odd[i - first]) if i - first < len(odd) else f"{i}.png"
+            (tmp_path / "in" / folder / name).write_bytes(png(disc(folder, i)))
+    out = tmp_path / "s.csv"
+    assert cli("data", "split", tmp_path / "in", "-o", out).code == 0
+    there = {sample.name: sample for sample in read_dataset(tmp_path / "in")}
+    again = read_dataset(tmp_path / "in", splits=out)
+    assert len(again) == 24
+    assert {sample.name for sample in again} == set(there)
+    for sample in again:
+        assert sample.read() == there[sample.name].read()
+        assert sample.label == there[sample.name].label
+    assert {sample.split for sample in again} == {"train", "val", "test"}
 
 
 def test_a_failed_write_leaves_the_old_file(

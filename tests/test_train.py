@@ -271,6 +271,58 @@ def test_other_classes_are_refused(tmp_path):
         Run(tmp_path, settings(steps=2), swapped, device="cpu")
 
 
+def altered(data: TrainingSet, what: str) -> TrainingSet:
+    canvases, labels = data.canvases.copy(), data.labels.copy()
+    if what == "a pixel":
+        canvases[-1, 0, 0, 0] ^= 1
+    elif what == "a label":
+        labels[0] = 1
+    elif what == "the order":
+        canvases[:2] = canvases[1::-1].copy()
+    else:
+        canvases, labels = canvases[:-1], labels[:-1]
+    return replace(data, canvases=canvases, labels=labels)
+
+
+@pytest.mark.parametrize("what", ["a pixel", "a label", "the order", "one less"])
+def test_other_images_or_labels_are_refused(tmp_path, what):
+    go(tmp_path, settings(steps=2))
+    before = state(tmp_path)[1]
+    with pytest.raises(SettingsError, match="other images or labels"):
+        go(tmp_path, settings(steps=4), data=altered(cells(), what))
+    assert state(tmp_path)[1] == before
+    assert go(tmp_path, settings(steps=4)).step == 4
+
+
+def test_a_checkpoint_that_does_not_say_of_which_images_it_is_goes_on(tmp_path):
+    """As those of older versions."""
+    go(tmp_path, settings(steps=2))
+    path = latest_checkpoint(tmp_path / "checkpoint") / "state.json"
+    values = json.loads(path.read_text())
+    del values["data_sha256"]
+    path.write_text(json.dumps(values))
+    assert go(tmp_path, settings(steps=4)).step == 4
+    assert state(tmp_path)[1]["data_sha256"] == cells().sha256  # from now on it is known
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path):
+    go(tmp_path, settings(steps=4))
+    before = state(tmp_path)[1]
+    with pytest.raises(SettingsError, match="has done 4 steps"):
+        Run(tmp_path, settings(steps=3), cells(), device="cpu")
+    assert state(tmp_path)[1] == before
+    assert go(tmp_path, settings(steps=4)).step == 4
+
+
+def test_a_folder_without_a_checkpoint_can_be_begun_with_other_settings(tmp_path):
+    """What was cut before anything was trained holds nothing that other settings would spoil."""
+    Run(tmp_path, settings(steps=2), cells(), device="cpu")
+    assert (tmp_path / "settings.yaml").exists()
+    other = settings(steps=2, learning_rate=1e-4)
+    assert go(tmp_path, other, data=cells(seed=3)).step == 2
+    assert load_settings(tmp_path / "settings.yaml") == other
+
+
 # --- parts and processes -------------------------------------------------------------------------
 
 
@@ -519,6 +571,27 @@ def test_cells_are_shown_as_large_as_those_of_the_run_that_is_begun_with(tmp_pat
     assert at_scale_of(start, here, ["preprocess.crop=0.7"], console) == here
     same = settings(preprocess=Preprocess(size=16, look=small))
     assert at_scale_of(start, same, [], console).preprocess.crop == 0.5
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["cells found", "no cell found"])
+def test_the_light_of_what_is_begun_with_stays(tmp_path, found):
+    """Also with a crop of one's own, and where no white cell was found in the frames."""
+    home = Look(light=(250, 240, 230), density=(0.9, 1.4, 0.4), nucleus=0.2, cell=0.4)
+    matched = Preprocess(size=16, crop=0.5, look=home, match="light")
+    (tmp_path / "settings.yaml").write_text(dump_settings(settings(preprocess=matched)))
+    look = home.model_copy(update={"light": (200, 200, 200), "cell": 0.3}) if found else Look()
+    here = settings(preprocess=Preprocess(size=16, look=look, crop=0.7))
+    start, console = str(tmp_path), Console(False)
+    for changes in ([], ["preprocess.crop=0.7"], ["steps=7", " preprocess.crop = 0.7"]):
+        told = at_scale_of(start, here, changes, console).preprocess
+        assert told.match == "light"
+        assert (told.look.light, told.look.density) == (home.light, home.density)
+        assert (told.look.nucleus, told.look.cell) == (look.nucleus, look.cell)
+        if changes or not found:
+            assert told.crop == 0.7
+    told = at_scale_of(start, here, ["preprocess.match=nothing"], console).preprocess
+    assert told.match == "nothing"
+    assert told.look == look
 
 
 def test_fine_tuning_takes_the_shape_of_what_it_begins_with(tmp_path):

@@ -255,6 +255,7 @@ def _apart(before: Any, now: dict[str, Any]) -> str:
         old, new = (each.get(name, "not said") for each in (before, now))
         if old != new:
             long = isinstance(old, list) or isinstance(new, list) or len(f"{old}{new}") > 40
+            long = long and name != "input"
             told.append(name if long else f"{name} ({old}; now {new})")
     return ", ".join(told)
 

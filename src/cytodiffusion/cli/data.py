@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cytodiffusion.cli.console import Console, Device, Json, Labels, Seed, plain
+
+if TYPE_CHECKING:
+    from cytodiffusion.data.split import Row
 
 app = typer.Typer(help="Check and split data sets.", no_args_is_help=True, rich_markup_mode=None)
 Source = Annotated[Path, typer.Argument(metavar="DIR", help="Images, in any form it reads.")]
@@ -59,10 +63,10 @@ def split(
     """Write a split: stratified, disjoint by patient or slide, duplicates on one side."""
     from cytodiffusion.data.check import check as check_samples
     from cytodiffusion.data.readers import read_dataset
-    from cytodiffusion.data.split import check_fractions, read_split, write_split
+    from cytodiffusion.data.split import check_fractions, write_split
     from cytodiffusion.data.split import split as deal
     from cytodiffusion.data.taxonomy import Taxonomy
-    from cytodiffusion.errors import OutputError, SettingsError
+    from cytodiffusion.errors import SettingsError
 
     if group not in ("auto", "patient", "slide", "none"):
         raise SettingsError(f"--group takes auto, patient, slide or none, not '{group}'.")
@@ -85,11 +89,8 @@ def split(
         found.duplicate_groups(),
         found.synthetic,
     )
-    if out.exists() and read_split(out) != dealt.rows:
-        raise OutputError(
-            f"{out} is there and says otherwise, and results may hang on it. Name another file with -o, or "
-            "delete it."
-        )
+    if out.exists():
+        _refuse_another(out, dealt.rows)
     write_split(dealt.rows, out)
     counts = Counter(row.split for row in dealt)
     for name in sorted(bad):
@@ -101,3 +102,19 @@ def split(
     console.result(values, f"{out}: {told}.")
     if bad:
         raise typer.Exit(1)
+
+
+def _refuse_another(path: Path, rows: Sequence[Row]) -> None:
+    """Raises OutputError for a file that is not this split."""
+    from cytodiffusion.data.split import read_split
+    from cytodiffusion.errors import DataError, OutputError
+
+    try:
+        same = read_split(path, {row.name for row in rows}) == rows
+    except DataError:
+        same = False
+    if not same:
+        raise OutputError(
+            f"{path} is there and says otherwise, and results may hang on it. Name another file with -o, or "
+            "delete it."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
     from cytodiffusion.bundle import Model
+    from cytodiffusion.data.sample import Sample
+    from cytodiffusion.data.taxonomy import Taxonomy
     from cytodiffusion.predictions import Request
 
 
@@ -68,7 +71,6 @@ def evaluate(
     from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.taxonomy import Taxonomy
-    from cytodiffusion.errors import DataError
     from cytodiffusion.files import write_json
     from cytodiffusion.predictions import Request
     from cytodiffusion.release import commit
@@ -79,28 +81,8 @@ def evaluate(
     answers = read_answers(classes, loaded)
     names = list(answers or loaded.classes)
     found = read_dataset(source, splits=splits, split=split)
-    named = [sample for sample in found if sample.label is not None]
     labels = Taxonomy.load(taxonomy) if taxonomy else loaded.taxonomy
-    resolved = [labels.resolve(str(sample.label), names) for sample in named]
-    strange = sorted(
-        {str(s.label) for s, name in zip(named, resolved, strict=True) if name is None}
-    )
-    samples = [replace(s, label=name) for s, name in zip(named, resolved, strict=True)]
-    wrong = list[str]()
-    if not named:
-        raise DataError(
-            f"The images of {source} have no labels to measure against. Put each class in a folder of its "
-            "own, or name the cells with predict."
-        )
-    if missing := len(found) - len(samples):
-        wrong.append(f"{missing} of {len(found)} images have no label.")
-    if strange:
-        wrong.append(f"No answer ({', '.join(names)}) is meant by: {', '.join(strange)}.")
-    if wrong:
-        raise DataError(
-            f"{' '.join(wrong)} Leave them out, restrict the images with --splits and --split, or say with "
-            "--taxonomy which class a label belongs to."
-        )
+    samples = _labelled(found, labels, names, source)
     refuse_marked(samples)
     console.note(NOTICE)
     shares = read_prior(prior, loaded.classes.names)
@@ -133,6 +115,33 @@ def evaluate(
     title = f"{loaded.name} on {source.name}{f', split {split}' if split else ''}"
     report(loaded, samples, rows, request, out, call, title, metrics)
     finish(rows, out, console, metrics, _lines(metrics) if metrics else ())
+
+
+def _labelled(
+    found: Sequence[Sample], labels: Taxonomy, names: Sequence[str], source: Path
+) -> list[Sample]:
+    """The images under the names of their classes. Raises DataError where one has none of `names`."""
+    from cytodiffusion.errors import DataError
+
+    named = [sample for sample in found if sample.label is not None]
+    if not named:
+        raise DataError(
+            f"The images of {source} have no labels to measure against. Put each class in a folder of its "
+            "own, or name the cells with predict."
+        )
+    resolved = [labels.resolve(str(sample.label), names) for sample in named]
+    strange = {str(s.label) for s, name in zip(named, resolved, strict=True) if name is None}
+    wrong = list[str]()
+    if missing := len(found) - len(named):
+        wrong.append(f"{missing} of {len(found)} images have no label.")
+    if strange:
+        wrong.append(f"No answer ({', '.join(names)}) is meant by: {', '.join(sorted(strange))}.")
+    if wrong:
+        raise DataError(
+            f"{' '.join(wrong)} Leave them out, restrict the images with --splits and --split, or say with "
+            "--taxonomy which class a label belongs to."
+        )
+    return [replace(s, label=name) for s, name in zip(named, resolved, strict=True)]
 
 
 def _limits(

@@ -144,6 +144,7 @@ def _lab(
 ) -> Lab:  # fmt: skip
     """The cells that can be asked about, dealt into train and val where the set has no splits."""
     from cytodiffusion.data.load import look_of
+    from cytodiffusion.data.mark import marked, refuse_marked
     from cytodiffusion.data.split import split
     from cytodiffusion.errors import DataError
 
@@ -163,8 +164,11 @@ def _lab(
             f"({', '.join(sorted(others))})."
         )
     if all(sample.split is None for sample in kept):
-        dealt = {r.name: r.split for r in split(kept, {"train": 0.8, "val": 0.2}, seed=bench.seed)}
+        shares = {"train": 0.8, "val": 0.2}
+        rows = split(kept, shares, seed=bench.seed, synthetic=marked(kept)).rows
+        dealt = {row.name: row.split for row in rows}
         kept = [replace(sample, split=dealt[sample.name]) for sample in kept]
+    refuse_marked(sample for sample in kept if sample.split == "val")
     look, seen = look_of(kept)
     bench.console.note(
         f"{folder.name}: {len(kept)} cells; nucleus / frame {look.nucleus:.3f} ({seen} seen)."

@@ -184,7 +184,7 @@ def finish(
     for row in rows:
         if row["flag"] == "unreadable":
             console.note(f"Not read: {row['path']}: {row['problem']}")
-    if len(rows) >= FEW and flags["anomalous"] > MOST * (len(rows) - flags["unreadable"]):
+    if (read := len(rows) - flags["unreadable"]) >= FEW and flags["anomalous"] >= MOST * read:
         console.note(
             "Nearly all are flagged as unlike the cells of training. Is each file one stained cell, in the "
             "middle of its frame? Frames that hold just the cell take --crop 1."

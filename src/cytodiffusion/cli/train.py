@@ -238,15 +238,19 @@ def split_samples(
 def _dealt(
     labelled: Sequence[Sample], source: Path, path: Path, taxonomy: Taxonomy
 ) -> list[Sample]:
-    """The samples as the run's own split file deals them. Raises DataError for cells that it does not."""
+    """The samples as the run's own split file deals them.
+
+    Raises DataError for cells that it does not deal, or deals under another label.
+    """
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.errors import DataError
 
     again = taxonomy.respell(read_dataset(source, splits=path))
-    if new := sorted({sample.name for sample in labelled} - {sample.name for sample in again}):
+    now, then = ({(s.name, s.label) for s in found} for found in (labelled, again))
+    if new := sorted(name for name, _ in now - then):
         raise DataError(
-            f"{len(new)} labelled images are not in {path}, which this run was begun with, first "
-            f"'{new[0]}'. Train on all of them in another folder (-o); to go on without them, give that "
+            f"{len(new)} labelled images are not in {path}, or under another label, first '{new[0]}'; this "
+            "run was begun with it. Train on them in another folder (-o); to go on without them, give that "
             "file as --splits."
         )
     return again

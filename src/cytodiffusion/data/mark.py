@@ -72,10 +72,14 @@ def read_mark(data: bytes) -> Mark | None:
     return Mark(seed=int(seed) if seed.isdecimal() else 0, **values)
 
 
+def marked(samples: Iterable[Sample]) -> list[str]:
+    """Names of the images that say that they are synthetic."""
+    return [sample.name for sample in samples if _is_marked(sample)]
+
+
 def refuse_marked(samples: Iterable[Sample], use: str = "test data") -> None:
     """Raises DataError where images among the samples say that they are synthetic."""
-    names = [sample.name for sample in samples if _is_marked(sample)]
-    if names:
+    if names := marked(samples):
         raise DataError(
             f"{len(names)} of these images are marked as synthetic, first '{names[0]}', and cannot "
             f"serve as {use}. Leave them out; in training they may stay (split `train`)."

@@ -245,7 +245,7 @@ def read_split(path: Path | str, known: Collection[str] = ()) -> list[Row]:
     """
     path = Path(path)
     try:
-        lines = csv_lines(path.read_text(encoding="utf-8-sig"))
+        lines = csv_lines(path.read_bytes().decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"The split file {path} cannot be read ({error}). Give a CSV file with the columns "
@@ -264,12 +264,12 @@ def read_split(path: Path | str, known: Collection[str] = ()) -> list[Row]:
 def csv_lines(text: str) -> list[tuple[int, dict[str, str]]]:
     """Numbers and fields of the lines of a CSV file, the first of which names the columns.
 
-    Commas, semicolons or tabs divide it; headings are in lower case, spaces around anything are cut off.
+    Commas, semicolons or tabs divide it; headings are in lower case, without spaces around them.
     """
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
     return [
-        (number, {str(k).strip().lower(): v.strip() for k, v in line.items() if isinstance(v, str)})
+        (number, {str(k).strip().lower(): v for k, v in line.items() if isinstance(v, str)})
         for number, line in enumerate(reader, start=2)
     ]
 
@@ -283,8 +283,9 @@ def _rows(lines: list[tuple[int, dict[str, str]]], path: Path, known: Collection
     rows: dict[str, Row] = {}
     for number, line in lines:
         name, label, split = (line.get(column, "") for column in ("path", "label", "split"))
+        label, split = label.strip(), split.strip()
         if name not in known:
-            name = name.replace("\\", "/").removeprefix("./")
+            name = name.strip().replace("\\", "/").removeprefix("./")
         if not name or not split:
             raise DataError(f"Line {number} of {path} has no path or no split. Fill it or drop it.")
         if name in rows:

@@ -93,14 +93,15 @@ class Run:
         self.best: dict[str, Tensor] = {}
         self.best_score = float("inf")
         if self.accelerator.is_main_process:
-            self._claim()
+            self._check()
         self.accelerator.wait_for_everyone()
         self._resume()
+        if self.accelerator.is_main_process:
+            self._claim()
         self.model, self.optimizer = self.accelerator.prepare(self.learner, self.optimizer)
 
-    def _claim(self) -> None:
-        """Write the settings, or check that they are the ones that what is there was trained with."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _check(self) -> None:
+        """Raises SettingsError where what is there was trained with other settings."""
         path = self.folder / "settings.yaml"
         if path.exists() and latest_checkpoint(self.folder / "checkpoint") is not None:
             begun = load_settings(path).model_copy(update={"steps": self.settings.steps})
@@ -109,7 +110,10 @@ class Run:
                     f"{self.folder} was begun with other settings (see settings.yaml there). Give "
                     "the same ones to go on, or another folder to start anew."
                 )
-        with whole(path) as part:
+
+    def _claim(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with whole(self.folder / "settings.yaml") as part:
             part.write_text(dump_settings(self.settings))
 
     def _names(self) -> list[str]:
