@@ -14,12 +14,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from cytodiffusion.cli import few
 from cytodiffusion.cli.console import Console
+from cytodiffusion.cli.labs import Bench, list_labs
 from cytodiffusion.cli.train import split_samples
 from cytodiffusion.data.mark import SOURCE, Mark, marked_png, read_mark, refuse_marked
 from cytodiffusion.data.sample import HeldBytes, Sample
 from cytodiffusion.data.split import read_split, split
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.errors import DataError
+from cytodiffusion.train.settings import make_settings
 
 MARK = Mark("pbc8", "ab" * 32, 7, "lymphocyte")
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
@@ -159,6 +161,17 @@ def test_models_calibrate_refuses_them(tiny: Tiny, mixed: Path, tmp_path: Path) 
 def test_a_foreign_set_of_bench_shift_has_none(tiny: Tiny, mixed: Path, tmp_path: Path) -> None:
     words = ("bench", "shift", "--train", tiny.cells, "--foreign", mixed, "-m", tiny.bundle)
     refused(tmp_path / "out", *words)
+
+
+def test_the_home_set_of_bench_shift_is_measured_without_them(tiny: Tiny, tmp_path: Path) -> None:
+    source = with_marked(tmp_path / "in", each=12, drawn=20)
+    bench = Bench(
+        tmp_path, make_settings("tiny"), Taxonomy.load(), 0, "cpu", "torch", Console(False)
+    )
+    labs, _ = list_labs(bench, source, [tiny.cells], None, str(tiny.bundle))
+    assert sum("drawn" in sample.name for sample in labs[0].parts["train"]) == 20
+    assert labs[0].parts["val"]
+    assert not any("drawn" in sample.name for sample in labs[0].parts["val"])
 
 
 @pytest.mark.parametrize("each", [6, 24])

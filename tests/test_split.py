@@ -173,6 +173,7 @@ def test_a_word_of_ones_own_stays(tmp_path: Path) -> None:
 def test_what_data_split_writes_is_found_again(tmp_path: Path) -> None:
     """Names with a backslash, with bytes that are no text, and with what divides columns."""
     odd = [b"back\\slash.png", b"caf\xe9.png", b'a, "b"; c\td.png', "größe.png".encode()]
+    odd += [b" blanks .png"]
     for folder, first in (("neutrophil", 0), ("lymphocyte", 20)):
         (tmp_path / "in" / folder).mkdir(parents=True)
         for i in range(first, first + 12):
@@ -188,6 +189,7 @@ def test_what_data_split_writes_is_found_again(tmp_path: Path) -> None:
         assert sample.read() == there[sample.name].read()
         assert sample.label == there[sample.name].label
     assert {sample.split for sample in again} == {"train", "val", "test"}
+    assert cli("data", "split", tmp_path / "in", "-o", out).code == 0  # it says the same
 
 
 def test_a_failed_write_leaves_the_old_file(

@@ -115,6 +115,6 @@ def _refuse_another(path: Path, rows: Sequence[Row]) -> None:
         same = False
     if not same:
         raise OutputError(
-            f"{path} is there and says otherwise, and results may hang on it. Name another file with -o, or "
-            "delete it."
+            f"{path} is there and says otherwise, and results may hang on it. Name another file with -o, "
+            "or delete it."
         )
