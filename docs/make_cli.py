@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer.main
+import yaml
 from typer.testing import CliRunner
 
 from cytodiffusion.cli.main import app
@@ -23,7 +24,8 @@ was wrong, or could not be gone on with, such as a full disk: what was written u
 
 SETTINGS = """## Settings
 
-Of `train --set NAME=VALUE` and of the other verbs that train; the values are those of the preset `cpu`.
+Of `train --set NAME=VALUE` and of the other verbs that train; the values are those of the preset
+`cpu`, under `latent` those of Stable Diffusion's shape (the presets `paper-...`).
 
 | setting | value | what it is |
 |---|---|---|"""
@@ -56,10 +58,16 @@ def _help(words: list[str]) -> str:
 def _settings() -> str:
     """The settings of `train`, from the fields' own descriptions."""
     rows = [
-        f"| `{name}` | {field.get_default(call_default_factory=True)} | {field.description} |"
+        f"| `{name}` | {_as_yaml(field.get_default(call_default_factory=True))} | {field.description} |"
         for name, field in setting_names().items()
     ]
     return "\n".join([SETTINGS, *rows, ""])
+
+
+def _as_yaml(value: object) -> str:
+    """As --set takes it."""
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def deep_png(colours):
 
 def test_colours_of_16_bits():
     np.testing.assert_array_equal(pixels(deep_png(RGB.astype(int) * 257)), RGB)
-    with pytest.raises(UnreadableImage, match=r"16-bit colours reach [\d,]+ of 65,535"):
+    with pytest.raises(UnreadableImage, match=r"16-bit values reach [\d,]+ of 65,535"):
         decode(deep_png(RGB.astype(int) * 16))  # 12 bits
 
 

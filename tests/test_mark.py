@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from cytodiffusion.cli import few
 from cytodiffusion.cli.console import Console
 from cytodiffusion.cli.labs import Bench, list_labs
+from cytodiffusion.cli.strangers import list_foreign
 from cytodiffusion.cli.train import split_samples
 from cytodiffusion.data.mark import SOURCE, Mark, marked_png, read_mark, refuse_marked
 from cytodiffusion.data.sample import HeldBytes, Sample
@@ -172,6 +173,21 @@ def test_the_home_set_of_bench_shift_is_measured_without_them(tiny: Tiny, tmp_pa
     assert sum("drawn" in sample.name for sample in labs[0].parts["train"]) == 20
     assert labs[0].parts["val"]
     assert not any("drawn" in sample.name for sample in labs[0].parts["val"])
+
+
+def test_train_is_not_calibrated_on_them(mixed: Path, tmp_path: Path) -> None:
+    real = [path for path in sorted(mixed.rglob("*.png")) if "drawn" not in path.name]
+    sides = {path: ("train", "val")[i % 2] for i, path in enumerate(real)}
+    lines = [f"{p.relative_to(mixed)},{p.parent.name},{side}\n" for p, side in sides.items()]
+    lines += [f"{name},{CLASSES[-1]},val\n" for name in DRAWN]
+    (tmp_path / "s.csv").write_text("path,label,split\n" + "".join(lines))
+    words = ("train", mixed, "--splits", tmp_path / "s.csv", "--preset", "tiny")
+    assert "calibrate on" in refused(tmp_path / "run", *words)
+
+
+def test_strangers_of_bench_anomaly_are_real(mixed: Path) -> None:
+    with pytest.raises(DataError, match="3 of these images are marked as synthetic"):
+        list_foreign([mixed])
 
 
 @pytest.mark.parametrize("each", [6, 24])

@@ -280,6 +280,14 @@ def test_parquet_of_bytes(tmp_path: Path) -> None:
         assert [s.read() for s in reversed(samples)] == BLOBS[::-1]
 
 
+def test_splits_of_tables_have_our_words(tmp_path: Path) -> None:
+    words = ["train", "validation", "Test", "valid", None]
+    path = write_parquet(tmp_path / "cells.parquet", {"image": BLOBS, "split": words})
+    assert [s.split for s in read_dataset(path)] == ["train", "val", "test", "val", None]
+    for asked in ("val", "validation", "valid"):
+        assert len(read_dataset(path, split=asked)) == 2
+
+
 def test_parquet_of_hugging_face(tmp_path: Path) -> None:
     images = [{"bytes": blob, "path": None} for blob in BLOBS]
     names = {"info": {"features": {"label": {"names": ["mono", "neutro"]}}}}

@@ -88,6 +88,13 @@ def test_resolve_walks_up_and_never_down() -> None:
     assert TAXONOMY.resolve("myeloblast", ["blast"]) == "blast"
 
 
+def test_spelled_walks_nowhere() -> None:
+    assert TAXONOMY.spelled("Neutrophils", ["basophil", "NEUTROPHIL"]) == "NEUTROPHIL"
+    assert TAXONOMY.spelled("SNE", ["segmented_neutrophil"]) == "segmented_neutrophil"
+    assert TAXONOMY.spelled("SNE", ["neutrophil"]) is None
+    assert TAXONOMY.spelled("spaceship", ["neutrophil"]) is None
+
+
 def test_resolve_answers_in_the_callers_spelling() -> None:
     assert TAXONOMY.resolve("PMY", ["IG", "NEUTROPHIL"]) == "IG"
     assert TAXONOMY.resolve("sne", ["IG", "NEUTROPHIL"]) == "NEUTROPHIL"

@@ -323,6 +323,15 @@ def test_a_folder_without_a_checkpoint_can_be_begun_with_other_settings(tmp_path
     assert load_settings(tmp_path / "settings.yaml") == other
 
 
+def test_a_bundle_without_its_checkpoint_is_not_trained_over(tmp_path):
+    """The checkpoint may have been deleted to save room."""
+    Run(tmp_path, settings(steps=2), cells(), device="cpu")
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(SettingsError, match="begun with other settings"):
+        Run(tmp_path, settings(steps=2, learning_rate=1e-4), cells(), device="cpu")
+    assert load_settings(tmp_path / "settings.yaml") == settings(steps=2)
+
+
 # --- parts and processes -------------------------------------------------------------------------
 
 

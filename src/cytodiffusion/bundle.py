@@ -370,8 +370,11 @@ def shipped() -> list[str]:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a bundle, as released. Raises OSError, ValueError, TypeError."""
-    return dict(json.loads((folder / CHECKSUMS).read_text()))
+    """sha256 of every file of a bundle, as released. Raises OSError, ValueError."""
+    listed = json.loads((folder / CHECKSUMS).read_text())
+    if not isinstance(listed, dict):
+        raise ValueError(f"{CHECKSUMS} is no list of files")
+    return listed
 
 
 def weights_of(folder: Path) -> str:
@@ -386,7 +389,7 @@ def check_files(folder: Path) -> None:
     """
     try:
         listed = checksums(folder)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ChangedBundle(
             f"{folder} has no readable {CHECKSUMS}, so it cannot be trusted. Copy the bundle again."
         ) from error

@@ -97,9 +97,10 @@ def labelled_cells(
         raise DataError(f"{source} has no labels. Put each class in a folder of its own.")
     names = model.classes.names
     truth = np.array([class_index(sample.label, names, model.taxonomy) for sample in found])
-    refuse_marked(found)
     rows = np.sort(balanced_subset(truth, limit, seed)) if limit else np.arange(len(found))
-    return [found[i] for i in rows], truth[rows].tolist()
+    chosen = [found[i] for i in rows]
+    refuse_marked(chosen)
+    return chosen, truth[rows].tolist()
 
 
 def write_results(out: Path, values: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from cytodiffusion.errors import SettingsError
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+    from cytodiffusion.data.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     Context = typer.Context
@@ -37,15 +38,18 @@ Seed = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="A bundle folder, or a shipped model: see models list.")
+    str,
+    typer.Option(
+        "--model", "-m", help="A bundle, the run it is in, or a shipped model: see models list."
+    ),
 ]
 ModelOrAuto = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
-        help="As in models list, or a bundle folder. Without it pbc8, or pbc8-far where the frames are "
-        "clearly of another laboratory.",
+        help="As in models list, or a bundle, or the run it is in. Without it pbc8, or pbc8-far where the "
+        "frames are clearly of another laboratory.",
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
@@ -226,14 +230,17 @@ def pick_device(name: str) -> str:
     return name if device.type == "cuda" else device.type
 
 
-def read_answers(given: str | None, model: Model) -> tuple[str, ...] | None:
+def read_answers(
+    given: str | None, model: Model, labels: Taxonomy | None = None
+) -> tuple[str, ...] | None:
     """The model's own names of the classes `A,B,...`; None for all. Raises LabelError, SettingsError."""
     if given is None:
         return None
     words = [word.strip() for word in given.split(",") if word.strip()]
     if not words:
         raise SettingsError(f"--classes names no class. There are: {', '.join(model.classes)}.")
-    names = [model.taxonomy.resolve(word, model.classes.names) or word for word in words]
+    labels = labels or model.taxonomy
+    names = [labels.spelled(word, model.classes.names) or word for word in words]
     return tuple(model.classes.names[model.classes.index(name)] for name in names)
 
 

@@ -78,10 +78,10 @@ def evaluate(
     console = Console(json)
     loaded = load(model or DEFAULT_MODEL, pick_device(device), engine)
     loaded.classifier.budget(budget)
-    answers = read_answers(classes, loaded)
+    labels = Taxonomy.load(taxonomy) if taxonomy else loaded.taxonomy
+    answers = read_answers(classes, loaded, labels)
     names = list(answers or loaded.classes)
     found = read_dataset(source, splits=splits, split=split)
-    labels = Taxonomy.load(taxonomy) if taxonomy else loaded.taxonomy
     samples = _labelled(found, labels, names, source)
     refuse_marked(samples)
     console.note(NOTICE)

@@ -211,9 +211,10 @@ def train_model(bench: Bench, folder: Path, parts: Parts) -> Model:
 
     from cytodiffusion.bundle import load
     from cytodiffusion.cli.train import run_training, write_bundle
+    from cytodiffusion.data.load import cells_key
 
-    key = digest_of((bench.settings, [(s.name, s.label) for s in parts["train"]]))
-    run_folder = folder / f"run-{key}"
+    cells = cells_key(parts["train"]), cells_key(parts["val"])
+    run_folder = folder / f"run-{digest_of((bench.settings, cells))}"
     if not (run_folder / "bundle" / "config.json").exists():
         console, labels = bench.console, bench.labels
         run, held = run_training(parts, run_folder, bench.settings, bench.device, labels, console)
@@ -232,22 +233,23 @@ def make_baseline(
     """Trained on the same images and augmentation; its best learning rate is chosen on val."""
     import torch
 
+    from cytodiffusion.data.load import cells_key
     from cytodiffusion.data.pixels import load_pixels
     from cytodiffusion.evaluate.baselines import BaselineSettings, train_baseline
     from cytodiffusion.files import writing_to
 
     settings, console = bench.settings, bench.console
     wanted = BaselineSettings(kind=kind, minutes=minutes, balance=settings.balance, seed=bench.seed)
-    pixels, about = {}, [wanted, settings.preprocess, settings.augmentation, answers]
-    for part, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
-        work = load_pixels(parts[part], answers, settings.preprocess, margin, cores(), bench.labels)
-        found = console.follow(work, f"reading {part}", len(parts[part]), "images")
-        pixels[part] = found
-        about += [found.digests, found.labels.tolist()]
+    cells = cells_key(parts["train"]), cells_key(parts["val"])
+    about = (wanted, settings.preprocess, settings.augmentation, answers, cells)
     place = folder / "baselines" / f"{kind}-{digest_of(about)}"
     if (place / "baseline.json").exists():
         console.note(f"{kind}: trained before, see {place}.")
         return place
+    pixels = {}
+    for part, margin in (("train", settings.augmentation.margin), ("val", 1.0)):
+        work = load_pixels(parts[part], answers, settings.preprocess, margin, cores(), bench.labels)
+        pixels[part] = console.follow(work, f"reading {part}", len(parts[part]), "images")
     torch.set_num_threads(1)  # the most work in a minute of the processor
     fitting = train_baseline(
         pixels["train"].images, pixels["train"].labels, tuple(answers), settings.preprocess,

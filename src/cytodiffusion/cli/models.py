@@ -123,7 +123,7 @@ def calibrate(
     """
     import torch
 
-    from cytodiffusion.bundle import CHECKSUMS, check_place, load, recalibrated, weights_of
+    from cytodiffusion.bundle import CHECKSUMS, check_place, checksums, load, recalibrated
     from cytodiffusion.calibration import calibrate as fit
     from cytodiffusion.calibration import calibrations, cautions, plan_of
     from cytodiffusion.cli.train import check_counts, check_held, read_canvases
@@ -138,7 +138,9 @@ def calibrate(
     console = Console(json)
     check_place(out)
     loaded = load(model, pick_device(device), engine="torch", calibrated=False)
-    if (out / CHECKSUMS).exists() and weights_of(out) != loaded.weights_sha256:
+    if (out / CHECKSUMS).exists() and checksums(out).get(
+        "model.safetensors"
+    ) != loaded.weights_sha256:
         raise OutputError(
             f"{out} holds another model, not {model}. Choose a new folder, or delete it."
         )

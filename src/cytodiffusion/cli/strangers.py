@@ -77,13 +77,15 @@ def list_parts(bench: Bench, splits: Path | None, split: str) -> Parts:
 
 
 def list_foreign(folders: Sequence[Path]) -> Parts:
-    """All images of these sets, without their labels."""
+    """All images of these sets, without their labels. Raises DataError for synthetic ones."""
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
 
     found: Parts = {}
     for folder in folders:
         name = folder.name if folder.name not in found else str(folder).strip("/").replace("/", " ")
         found[name] = [replace(sample, label=None) for sample in read_dataset(folder)]
+        refuse_marked(found[name])
     return found
 
 
@@ -186,10 +188,9 @@ def _corrupted(bench: Bench, ours: Model, samples: Sequence[Sample]) -> dict[str
 
 def run_folder(bench: Bench, parts: Parts) -> Path:
     """Of the run that is trained here: another for other settings, and for other cells."""
-    from cytodiffusion.data.load import file_sha256
+    from cytodiffusion.data.load import cells_key
 
-    cells = [(sample.name, sample.label, file_sha256(sample)) for sample in parts["train"]]
-    about = (bench.settings, cells)
+    about = (bench.settings, cells_key(parts["train"]), cells_key(parts["val"]))
     return bench.out / str(bench.held) / f"run-{digest_of(about)}"
 
 

@@ -200,6 +200,7 @@ def split_samples(
     from collections import Counter
     from dataclasses import replace
 
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.pixels import class_names
     from cytodiffusion.data.readers import read_dataset
     from cytodiffusion.data.split import Row, write_split
@@ -212,6 +213,8 @@ def split_samples(
     made, path = False, out / "splits.csv"
     if all(sample.split is None for sample in labelled):
         made = not path.exists()
+        if made and (out / "settings.yaml").exists():
+            raise DataError(f"{out} was begun with --splits. Give the same file to go on.")
         labelled = _deal(labelled, seed) if made else _dealt(labelled, source, path, taxonomy)
     parts = {name: [s for s in labelled if s.split == name] for name in ("train", "val")}
     named = Counter(sample.split or "none" for sample in labelled)
@@ -227,6 +230,7 @@ def split_samples(
             f"{out_of:,} labelled images are not in train, val or test: left out ({said})."
         )
     check_held(parts["val"], class_names(parts["train"], taxonomy), taxonomy)
+    refuse_marked(parts["val"], "cells to calibrate on")
     if made:
         console.note("No split was given: made one (see splits.csv in the run folder).")
         write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
@@ -246,12 +250,17 @@ def _dealt(
     from cytodiffusion.errors import DataError
 
     again = taxonomy.respell(read_dataset(source, splits=path))
-    now, then = ({(s.name, s.label) for s in found} for found in (labelled, again))
-    if new := sorted(name for name, _ in now - then):
+    then = {sample.name: sample.label for sample in again}
+    if new := sorted(s.name for s in labelled if s.name not in then):
         raise DataError(
-            f"{len(new)} labelled images are not in {path}, or under another label, first '{new[0]}'; this "
-            "run was begun with it. Train on them in another folder (-o); to go on without them, give that "
-            "file as --splits."
+            f"{len(new)} labelled images are not in {path}, first '{new[0]}'; this run was begun with "
+            "it. Train on all of them in another folder (-o); to go on without them, give that file as "
+            "--splits."
+        )
+    if other := sorted(s.name for s in labelled if s.label != then[s.name]):
+        raise DataError(
+            f"{len(other)} images have another label in {path}, first '{other[0]}'; this run "
+            "was begun with it. Train with the new labels in another folder (-o)."
         )
     return again
 

@@ -96,12 +96,11 @@ def decode(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             _refuse_huge(image)
             _refuse_several(image)
-            deep = any(";16" in str(tile) for tile in image.tile)  # as stored: Pillow keeps 8 bits
+            deep = image.format != "BMP" and any(";16" in str(tile) for tile in image.tile)
             image.load()
-            rgb = _to_rgb(ImageOps.exif_transpose(image))
-            if deep and image.mode.startswith("RGB"):
-                _refuse_shallow(rgb)
-            return rgb
+            if deep and image.mode.startswith("RGB"):  # as stored, with 16 bits: Pillow keeps 8
+                _refuse_shallow(image.convert("RGB"))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -135,7 +134,7 @@ def _refuse_shallow(rgb: Image.Image) -> None:
     brightest = np.asarray(rgb).max(initial=0)
     if brightest < 64:
         raise UnreadableImage(
-            f"its 16-bit colours reach {(int(brightest) + 1) * 256 - 1:,} of 65,535 at the most; save it "
+            f"its 16-bit values reach {(int(brightest) + 1) * 256 - 1:,} of 65,535 at the most; save it "
             "with 8 bits a colour, or scale its values to the full range"
         )
 

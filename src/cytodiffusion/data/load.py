@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -46,6 +46,17 @@ def file_sha256(sample: Sample) -> str:
         return hashlib.sha256(sample.read()).hexdigest()
     except UnreadableImage:
         return ""
+
+
+def cells_key(samples: Iterable[Sample]) -> str:
+    """A digest of images, their names and labels; one that was reframed counts by its file and factor."""
+    about = hashlib.sha256()
+    for sample in samples:
+        factor, frame = 1.0, sample.source
+        if isinstance(frame, Reframed):
+            factor, sample = frame.factor, replace(sample, source=frame.source)
+        about.update(repr((sample.name, sample.label, file_sha256(sample), factor)).encode())
+    return about.hexdigest()
 
 
 def load_images(

@@ -65,7 +65,8 @@ def read_dataset(
             f"There is nothing at {path}. Give a folder of images (with a subfolder per class, where there "
             "are labels), a manifest, an archive or an image."
         )
-    samples, split = _read(path, margin), split_word(split)
+    samples = [replace(sample, split=split_word(sample.split)) for sample in _read(path, margin)]
+    split = split_word(split)
     if splits is not None:
         samples = _apply_splits(samples, Path(splits), split, path)
     elif split is not None:
@@ -154,7 +155,7 @@ def _class_folders(tree: Tree, files: Sequence[str]) -> list[Sample]:
         folders = PurePosixPath(name).parts[:-1]
         split = SPLITS[folders[0].lower()] if by_split else None
         label = next(iter(folders[1 if by_split else 0 :]), None)
-        samples.append(Sample(name, label, split=split, source=tree.files[name]))
+        samples.append(Sample(name, label and label.strip(), split=split, source=tree.files[name]))
     return samples
 
 
@@ -235,7 +236,7 @@ def _manifest_sample(row: Mapping[str, str | None], tree: Tree) -> Sample:
     label, patient, slide, split = (
         value and to_text(value) for column, value in row.items() if column != "path"
     )
-    return Sample(to_text(path), label, patient, slide, split_word(split), source=tree.source(path))
+    return Sample(to_text(path), label, patient, slide, split, source=tree.source(path))
 
 
 def _json_lines(text: str) -> list[tuple[int, Mapping[str, Any]]]:

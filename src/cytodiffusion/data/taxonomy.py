@@ -97,17 +97,24 @@ class Taxonomy:
         A label that is one of `classes` stays as it is, known here or not. Otherwise the class is
         looked up, then its parents, nearest first, until one of `classes` is met.
         """
-        if label in classes:
-            return label
-        spelled = {key(name): name for name in reversed(classes)}
-        if key(label) in spelled:
-            return spelled[key(label)]
+        if (found := self.spelled(label, classes)) is not None:
+            return found
         name = self.canonical(label)
         if name is None:
             return None
         offered = {self.canonical(choice): choice for choice in reversed(classes)}
-        line = (name, *self.ancestors(name))
-        return next((offered[step] for step in line if step in offered), None)
+        return next((offered[step] for step in self.ancestors(name) if step in offered), None)
+
+    def spelled(self, label: str, classes: Sequence[str]) -> str | None:
+        """The one of `classes` that a label spells or is a synonym of, or None."""
+        if label in classes:
+            return label
+        found = {key(name): name for name in reversed(classes)}
+        if key(label) in found:
+            return found[key(label)]
+        name = self.canonical(label)
+        same = (choice for choice in classes if name and self.canonical(choice) == name)
+        return next(same, None)
 
     def ancestors(self, name: str) -> tuple[str, ...]:
         """Parents of a class, nearest first. Raises LabelError for an unknown name."""

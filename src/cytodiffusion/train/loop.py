@@ -103,7 +103,8 @@ class Run:
     def _check(self) -> None:
         """Raises SettingsError where what is there was trained with other settings."""
         path = self.folder / "settings.yaml"
-        if path.exists() and latest_checkpoint(self.folder / "checkpoint") is not None:
+        trained = latest_checkpoint(self.folder / "checkpoint") is not None
+        if path.exists() and (trained or (self.folder / "bundle").exists()):
             begun = load_settings(path).model_copy(update={"steps": self.settings.steps})
             if begun != self.settings:
                 raise SettingsError(
