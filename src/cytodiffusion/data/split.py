@@ -101,6 +101,7 @@ def split(
 
 
 def check_fractions(fractions: Mapping[str, float]) -> None:
+    """Raises SettingsError for fractions that are not positive or do not add up to 1."""
     total = sum(fractions.values())
     if not fractions or min(fractions.values()) <= 0 or abs(total - 1) > 1e-6:
         given = ", ".join(f"{name} {value:g}" for name, value in fractions.items()) or "none"

@@ -113,6 +113,7 @@ class Run:
                 )
 
     def _claim(self) -> None:
+        """Write the settings, once nothing speaks against going on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole(self.folder / "settings.yaml") as part:
             part.write_text(dump_settings(self.settings))
