@@ -59,11 +59,13 @@ class Result:
 
     @property
     def complaint(self) -> str:
-        """The line that begins with 'Error: '; there must be one, and it is the last."""
+        """The line with the error, with or without --json; there must be one, and it is the last."""
         lines = self.err.strip().splitlines()
-        assert [line.startswith("Error: ") for line in lines].count(True) == 1, self.err
-        assert lines[-1].startswith("Error: "), self.err
-        return lines[-1]
+        found = [line for line in lines if line.startswith(("Error: ", '{"error": '))]
+        assert found == lines[-1:], self.err
+        return (
+            found[0] if found[0].startswith("Error") else f"Error: {json.loads(found[0])['error']}"
+        )
 
 
 def cli(*words: object) -> Result:

@@ -339,11 +339,12 @@ def test_a_run_whose_split_is_not_known_is_no_test(cells: Path, out: Path, tmp_p
 def test_other_settings_are_another_run(cells: Path, tmp_path: Path) -> None:
     bench = Bench(cells, tmp_path, "lymphocyte", make_settings("tiny"), None, None, Taxonomy.load(), 0,
                   "cpu", "auto", Console(False))  # fmt: skip
-    parts = {"train": read_dataset(cells, split="train")}
+    parts = {name: read_dataset(cells, split=name) for name in ("train", "val")}
     other = replace(bench, settings=make_settings("tiny", ["seed=1"]))
-    fewer = {"train": parts["train"][1:]}
-    places = [run_folder(bench, parts), run_folder(other, parts), run_folder(bench, fewer)]
-    assert len(set(places)) == 3
+    fewer = [parts | {name: found[1:]} for name, found in parts.items()]
+    places = [run_folder(bench, parts), run_folder(other, parts)]
+    places += [run_folder(bench, some) for some in fewer]
+    assert len(set(places)) == 4
     assert run_folder(bench, parts) == places[0]
 
 

@@ -849,8 +849,9 @@ def test_train_again_with_corrected_labels_is_refused(tiny: Tiny, tmp_path: Path
     assert manifest.read_text() != text
     told = cli("train", source, "-o", run, *TINY, "--set=steps=60")
     assert told.code == 2
-    assert "1 labelled images are not in" in told.complaint
+    assert f"1 images have another label in {run / 'splits.csv'}" in told.complaint
     assert "'eosinophil/00.png'" in told.complaint
+    assert "--splits" not in told.complaint  # which would bring the old one back
     assert contents(run) == before
 
 

@@ -19,7 +19,7 @@ from cytodiffusion.classify.adapt import centred, em_prior
 from cytodiffusion.cli.console import Console
 from cytodiffusion.cli.labs import Bench, Lab, join
 from cytodiffusion.data.images import Preprocess, decode
-from cytodiffusion.data.load import Reframed, look_of, reframed
+from cytodiffusion.data.load import Reframed, cells_key, look_of, reframed
 from cytodiffusion.data.look import Look
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import HeldBytes, Sample, png
@@ -112,6 +112,20 @@ def test_a_reframed_image_shows_the_same(crop: float) -> None:
     found = Preprocess(size=24, crop=0.8).canvas(decode(sample.read()))
     assert np.abs(found.astype(int) - wanted).mean() < 3
     assert Image.open(io.BytesIO(Reframed(source, 2.0)())).size == (120, 120)
+
+
+def test_what_was_trained_on_is_known_by_images_labels_and_frame() -> None:
+    one, other = (HeldBytes(png(disc("lymphocyte", i, 60))) for i in range(2))
+    cells = [Sample("a", "lymphocyte", source=one), Sample("b", "monocyte", source=other)]
+    changed = [
+        [replace(cells[0], source=other), cells[1]],
+        [replace(cells[0], label="monocyte"), cells[1]],
+        [replace(cells[0], name="c"), cells[1]],
+        reframed(cells, 0.4, 0.8),
+        reframed(cells, 0.5, 0.8),
+    ]
+    assert len({cells_key(found) for found in (cells, *changed)}) == 1 + len(changed)
+    assert cells_key(reframed(cells, 0.4, 0.8)) == cells_key(reframed(list(cells), 0.4, 0.8))
 
 
 def test_small_sets_are_repeated_when_they_are_joined(tmp_path: Path) -> None:
