@@ -138,9 +138,8 @@ def calibrate(
     console = Console(json)
     check_place(out)
     loaded = load(model, pick_device(device), engine="torch", calibrated=False)
-    if (out / CHECKSUMS).exists() and checksums(out).get(
-        "model.safetensors"
-    ) != loaded.weights_sha256:
+    there = checksums(out) if (out / CHECKSUMS).exists() else {}
+    if there and there.get("model.safetensors") != loaded.weights_sha256:
         raise OutputError(
             f"{out} holds another model, not {model}. Choose a new folder, or delete it."
         )
