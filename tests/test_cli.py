@@ -125,6 +125,10 @@ def test_a_call_that_typer_refuses(words: list[str], tmp_path: Path, monkeypatch
         ["train", "nowhere", "-o", "out", "--set=step=5"],
         ["data", "check", "nowhere"],
         ["models", "show", "nowhere"],
+        ["models", "shew"],
+        ["predict", "-o", "out"],
+        ["predict", "nowhere", "--budgets", "fast"],
+        ["predict", "nowhere", "--seed", "-1"],
     ],
     ids=str,
 )

@@ -98,6 +98,17 @@ def test_split_folders(tmp_path: Path) -> None:
     assert facts(read_dataset(tmp_path, split="test")) == [("test/neutro/c.png", "neutro")]
 
 
+def test_an_image_beside_split_folders_makes_no_classes_of_them(tmp_path: Path) -> None:
+    put(tmp_path, {"train/mono/a.png": "", "val/mono/b.png": "", "val/c.png": "", "d.png": ""})
+    samples = read_dataset(tmp_path)
+    assert [(s.name, s.label, s.split) for s in samples] == [
+        ("d.png", None, None),
+        ("train/mono/a.png", "mono", "train"),
+        ("val/c.png", None, "val"),
+        ("val/mono/b.png", "mono", "val"),
+    ]
+
+
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     put(tmp_path / "store", CELLS)
     (tmp_path / "set").mkdir()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,8 @@ from cytodiffusion.cli import (
 )
 from cytodiffusion.cli.console import NOTICE, plain
 from cytodiffusion.errors import CytoDiffusionError
+
+WrongCall: Any = typer.BadParameter.__base__  # UsageError of whichever click typer brings
 
 app = typer.Typer(
     name="cytodiffusion",
@@ -66,10 +68,14 @@ def _main(
     """Options that come before a verb."""
 
 
+def _as_json() -> bool:
+    """Whether JSON was asked for, even by a call that cannot be understood."""
+    return "--json" in sys.argv[1:]
+
+
 def _say(problem: str) -> None:
     """Why nothing more is done, as the other lines are: JSON where that was asked for."""
-    as_json = "--json" in sys.argv[1:]
-    typer.echo(json.dumps({"error": problem}) if as_json else f"Error: {problem}", err=True)
+    typer.echo(json.dumps({"error": problem}) if _as_json() else f"Error: {problem}", err=True)
 
 
 def _is_full(error: Exception) -> bool:
@@ -82,9 +88,12 @@ def run() -> None:
     """Entry point of the `cytodiffusion` command."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not hold a core
     try:
-        app()
+        sys.exit(app(standalone_mode=not _as_json()))  # by itself, typer says in text what is wrong
     except CytoDiffusionError as error:
         _say(plain(str(error)))
+        sys.exit(2)
+    except WrongCall as error:
+        _say(plain(error.format_message()))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not _is_full(error):
@@ -92,6 +101,6 @@ def run() -> None:
         _say("The memory is full. Try a smaller batch, fewer --jobs, or close other programs.")
         sys.exit(2)
     except SystemExit as end:
-        if end.code == 130:  # so typer ends after Ctrl-C
+        if end.code == 130:  # as typer ends after Ctrl-C
             typer.echo("Stopped. Run the same command again to go on.", err=True)
         raise

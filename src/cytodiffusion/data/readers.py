@@ -147,13 +147,16 @@ def _is_paper(name: str) -> bool:
 
 
 def _class_folders(tree: Tree, files: Sequence[str]) -> list[Sample]:
-    """The label is the first folder; folders named after splits may come before it."""
+    """The label is the first folder; folders named after splits may come before it.
+
+    An image in no folder of a class has no label.
+    """
     tops = {name.partition("/")[0].lower() for name in files if "/" in name}
-    by_split = bool(tops) and tops <= set(SPLITS) and all(name.count("/") >= 2 for name in files)
+    by_split = tops <= set(SPLITS)
     samples = []
     for name in files:
         folders = PurePosixPath(name).parts[:-1]
-        split = SPLITS[folders[0].lower()] if by_split else None
+        split = SPLITS[folders[0].lower()] if by_split and folders else None
         label = next(iter(folders[1 if by_split else 0 :]), None)
         samples.append(Sample(name, label and label.strip(), split=split, source=tree.files[name]))
     return samples
