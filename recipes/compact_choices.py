@@ -27,13 +27,15 @@ from cytodiffusion.data.images import to_tensor
 from cytodiffusion.data.pixels import Pixels, class_names, load_pixels
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.transforms import POSES
+from cytodiffusion.networks import compact as network
 from cytodiffusion.networks.compact import CompactSettings, Trunk
-from cytodiffusion.train import loop
+from cytodiffusion.train import compact, loop
 from cytodiffusion.train.settings import TrainSettings, make_settings
 
 SEED = 0
 VARIANTS: dict[str, list[str]] = {
     "heads + classification term (released)": [],
+    "AdamW for all weights": ["optimizer=adamw"],
     "heads, no classification term": ["classification=0"],
     "class-conditional": ["network.form=conditional"],
     "whole frame instead of the centre 55 %": ["preprocess.crop=1.0"],
@@ -122,16 +124,17 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/choices"))
     parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--only", default="", help="variants whose names have this in them")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     done = json.loads(path.read_text()) if path.exists() else []
-    ours = loop.CompactNetwork
+    ours = compact.CompactNetwork
     for index, name in enumerate(VARIANTS):
-        if name in [result["variant"] for result in done]:
+        if name in [result["variant"] for result in done] or args.only not in name:
             continue
-        loop.CompactNetwork = swap_trunk if "UNet2DModel" in name else ours  # type: ignore[misc]
+        compact.CompactNetwork = swap_trunk if "UNet2DModel" in name else ours  # type: ignore[misc]
         done.append(run_variant(args.root, name, args.minutes, args.out / str(index)))
         path.write_text(json.dumps(done, indent=1) + "\n")
         print(json.dumps(done[-1]), flush=True)
@@ -149,13 +152,11 @@ def main() -> None:
 
 def swap_trunk(settings: CompactSettings) -> nn.Module:
     """Our network with diffusers' U-Net as its trunk."""
-    from cytodiffusion.networks import compact
-
-    compact.Trunk = DiffusersTrunk  # type: ignore[misc,assignment]
+    network.Trunk = DiffusersTrunk  # type: ignore[misc,assignment]
     try:
-        return compact.CompactNetwork(settings)
+        return network.CompactNetwork(settings)
     finally:
-        compact.Trunk = Trunk  # type: ignore[misc]
+        network.Trunk = Trunk  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from cytodiffusion.diffusion.loss import Losses, Sharpness, class_losses, edm_we
 from cytodiffusion.diffusion.noise import training_sigmas
 from cytodiffusion.diffusion.precondition import EDMDenoiser, spread
 from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
-from cytodiffusion.train.learner import Batch, Learner
+from cytodiffusion.train.learner import BETAS, Batch, Learner
+from cytodiffusion.train.muon import Muon
 from cytodiffusion.train.settings import TrainSettings
 from cytodiffusion.types import UNLABELLED
 
@@ -30,6 +32,19 @@ class CompactLearner(Learner):
         self.form = f"compact U-Net, {shape.form}"
         self.denoiser = EDMDenoiser(CompactNetwork(shape), settings.sigma_data)
         self.sharpness = Sharpness(start=settings.sharpness) if shape.form == "heads" else None
+
+    def optimizer(self, settings: TrainSettings) -> torch.optim.Optimizer:
+        """Muon for the convolutions of the trunk and those that lead into it and to the heads."""
+        if settings.optimizer == "adamw":
+            return super().optimizer(settings)
+        network = cast(CompactNetwork, self.denoiser.network)
+        parts = [network.stem, network.trunk, *([network.change.spread] if network.change else [])]
+        kernels = [weight for part in parts for weight in part.parameters() if weight.ndim == 4]
+        # fused, it would leave out a step that overflowed in float16 without telling Muon
+        fused = settings.precision != "fp16"
+        return Muon(
+            self.parameters(), kernels, weight_decay=settings.weight_decay, betas=BETAS, fused=fused
+        )
 
     def draw(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Clean images, noise, sigma, labels."""

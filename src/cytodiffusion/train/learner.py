@@ -21,6 +21,8 @@ from cytodiffusion.types import PIXELS, Space
 if TYPE_CHECKING:
     from cytodiffusion.train.settings import TrainSettings
 
+BETAS = (0.9, 0.99)  # of AdamW
+
 
 class Batch(NamedTuple):
     """Images of a step."""
@@ -46,7 +48,7 @@ class Learner(nn.Module):
         """For the weights that are trained; the loop sets the learning rate."""
         trained = [weight for weight in self.parameters() if weight.requires_grad]
         return torch.optim.AdamW(
-            trained, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
+            trained, betas=BETAS, weight_decay=settings.weight_decay, fused=True
         )
 
     def draw(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, ...]:

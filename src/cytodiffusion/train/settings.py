@@ -71,10 +71,13 @@ class TrainSettings(BaseModel):
     batch: int = Field(32, ge=1, description="images an optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
-    learning_rate: float = Field(1e-3, gt=0, description="of Adam, after warm-up")
+    optimizer: str = Field(
+        "muon", pattern="^(muon|adamw)$", description="muon: for convolutions; AdamW for the rest"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="after warm-up")
     warmup: int = Field(200, ge=0, description="steps over which the learning rate rises")
     cooldown: float = Field(0.3, ge=0, le=1, description="last share of the run: falls to zero")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the running mean of the weights")
 
