@@ -5,7 +5,7 @@ Muon takes the semi-orthogonal matrix nearest to the momentum of the gradient, U
 that a batch hardly asks for are learned as quickly as the loud ones. All else (biases, gains, what tells
 the noise level, what gives pixels) is left to AdamW. Both share one schedule of the learning rate.
 
-U V' comes of five steps of a Newton-Schulz iteration, X <- (a I + b XX' + c (XX')^2) X, whose singular
+U V' comes of four steps of a Newton-Schulz iteration, X <- (a I + b XX' + c (XX')^2) X, whose singular
 values end between about .7 and 1.2. All factors are polynomials of the first XX': they are multiplied as
 small square matrices and meet X once.
 
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c
-ITERATIONS = 5
+ITERATIONS = 4
 MOMENTUM = 0.95
 SIZE = 0.2  # root mean square of a step / learning rate, about AdamW's
 
@@ -64,19 +64,28 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
-    """About the nearest semi-orthogonal matrix to each: singular values between .7 and 1.2 or so.
+    """About the nearest semi-orthogonal matrix to each: most singular values between .7 and 1.2.
 
-    Those below a thousandth of the norm fall short of that.
+    Those below a hundredth of the largest fall short of that.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
-    a, b, c = QUINTIC
-    start = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    square = start @ start.mT
-    whole = torch.eye(len(square[0]), device=square.device, dtype=square.dtype).expand_as(square)
-    for _ in range(ITERATIONS):
-        factor = b * square + c * square @ square
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        whole = factor @ whole
+    square = matrices @ matrices.mT
+    norm = (
+        square.norm(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-12)
+    )  # no singular value is larger
+    square = square / norm / norm
+    factor = _quintic(square)
+    whole = factor
+    for _ in range(ITERATIONS - 1):
         square = factor @ square @ factor
-    return whole @ start
+        factor = _quintic(square)
+        whole = factor @ whole
+    return whole @ (matrices / norm)
+
+
+def _quintic(square: Float[Tensor, "n r r"]) -> Float[Tensor, "n r r"]:
+    a, b, c = QUINTIC
+    factor = b * square + c * square @ square
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor

@@ -72,12 +72,14 @@ class TrainSettings(BaseModel):
     accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
     optimizer: str = Field(
-        "muon", pattern="^(muon|adamw)$", description="muon: for convolutions; AdamW for the rest"
+        "muon", pattern="^(muon|adamw)$", description="muon: for convolutions, AdamW for the rest"
     )
     learning_rate: float = Field(1e-3, gt=0, description="after warm-up")
     warmup: int = Field(200, ge=0, description="steps over which the learning rate rises")
     cooldown: float = Field(0.3, ge=0, le=1, description="last share of the run: falls to zero")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled")
+    weight_decay: float = Field(
+        0.01, ge=0, description="how much weights shrink a step / learning rate"
+    )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the running mean of the weights")
 
@@ -143,7 +145,8 @@ FAR_AUGMENTATION: dict[str, Any] = {
 
 # For a few labelled cells, begun with a released model (train --from): minutes (docs/log.md 51).
 FINE_TUNE: dict[str, Any] = {
-    "steps": 200, "warmup": 20, "cooldown": 0.5, "learning_rate": 3e-4, "ema": 0.97, "balance": 1.0,
+    "optimizer": "adamw", "steps": 200, "warmup": 20, "cooldown": 0.5, "learning_rate": 3e-4,
+    "ema": 0.97, "balance": 1.0,
     "classification": 10.0, "sigma_mean": -1.0, "sigma_std": 1.4, "augmentation": FAR_AUGMENTATION,
 }  # fmt: skip
 
