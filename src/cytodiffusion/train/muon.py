@@ -10,7 +10,7 @@ values end between about .7 and 1.2. All factors are polynomials of the first XX
 small square matrices and meet X once.
 
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon (the method, the coefficients); Liu et
-al. 2025, arXiv 2502.16982 (steps as large as AdamW's).
+al. 2025, arXiv 2502.16982 (the size of a step does not depend on the shape).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 QUINTIC = (3.4445, -4.7750, 2.0315)  # a, b, c
 ITERATIONS = 4
 MOMENTUM = 0.95
-SIZE = 0.2  # root mean square of a step / learning rate, about AdamW's
+SIZE = 0.8  # root mean square of a step / learning rate: four times AdamW's (docs/log.md 56)
 
 
 class Muon(torch.optim.AdamW):
