@@ -34,7 +34,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     args = parser.parse_args()
-    changes = [f"steps={args.steps}", f"precision={args.precision}", *SECOND]
+    optimizer = "optimizer=adamw"  # as what log 28 measured; Muon is quicker (56)
+    changes = [f"steps={args.steps}", f"precision={args.precision}", optimizer, *SECOND]
     settings, device = make_settings("cpu", changes), "cpu"
     labels, console = Taxonomy.load(), Console(as_json=False)
     bench = Bench(args.out, settings, labels, settings.seed, device, "auto", console).matched()
