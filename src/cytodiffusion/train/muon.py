@@ -38,8 +38,8 @@ class Muon(torch.optim.AdamW):
         self.kernels = list(kernels)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step of both. AdamW passes over what has no gradient any more."""
+    def step(self, closure: Any = None) -> None:
+        """One step of both. AdamW passes over what has no gradient any more. `closure` is not called."""
         (group,) = self.param_groups
         alike = dict[torch.Size, list[nn.Parameter]]()
         for kernel in self.kernels:
@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
                 kernel.mul_(1 - group["lr"] * group["weight_decay"])
                 kernel.sub_(step.view_as(kernel), alpha=size)
                 kernel.grad = None
-        return super().step(closure)
+        super().step()
 
     def _nesterov(self, kernel: nn.Parameter) -> Float[Tensor, "out rest"]:
         """The gradient, looked at from where the momentum leads."""
@@ -71,9 +71,8 @@ def orthogonal(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     square = matrices @ matrices.mT
-    norm = (
-        square.norm(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-12)
-    )  # no singular value is larger
+    norm = square.norm(dim=(1, 2), keepdim=True).sqrt()  # no singular value is larger
+    norm = norm.clamp(min=1e-12)
     square = square / norm / norm
     factor = _quintic(square)
     whole = factor
