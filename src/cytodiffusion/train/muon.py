@@ -38,8 +38,8 @@ class Muon(torch.optim.AdamW):
         self.kernels = list(kernels)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One step of both. AdamW passes over what has no gradient any more. `closure` is not called."""
+    def step(self, closure: Any = None) -> Any:
+        """One step of both. AdamW passes over what has no gradient any more."""
         (group,) = self.param_groups
         alike = dict[torch.Size, list[nn.Parameter]]()
         for kernel in self.kernels:
@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
                 kernel.mul_(1 - group["lr"] * group["weight_decay"])
                 kernel.sub_(step.view_as(kernel), alpha=size)
                 kernel.grad = None
-        super().step()
+        return super().step(closure)
 
     def _nesterov(self, kernel: nn.Parameter) -> Float[Tensor, "out rest"]:
         """The gradient, looked at from where the momentum leads."""
