@@ -35,8 +35,7 @@ from scipy.special import ndtri
 
 from cytodiffusion.evaluate.answers import Answers, Judged
 from cytodiffusion.evaluate.blinded import TRUTHS, Answer, Truth
-from cytodiffusion.evaluate.fidelity import share
-from cytodiffusion.evaluate.intervals import Measure, bootstrap, percentiles
+from cytodiffusion.evaluate.intervals import Measure, bootstrap, percentiles, share
 from cytodiffusion.evaluate.report import fill
 from cytodiffusion.evaluate.uncertainty import Outcome
 

@@ -37,7 +37,7 @@ from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import load_one
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import DataError
-from cytodiffusion.evaluate.intervals import binomial_interval, bootstrap, percentiles
+from cytodiffusion.evaluate.intervals import bootstrap, percentiles, share
 from cytodiffusion.evaluate.metrics import balanced_accuracy
 from cytodiffusion.evaluate.report import fill
 from cytodiffusion.evaluate.views import PaperView
@@ -172,8 +172,7 @@ def row(
         "cells": n,
         "balanced_accuracy": balanced_accuracy(truth, answers),
         "balanced_accuracy_ci95": _interval(truth, {"all": right}, seed),
-        "accuracy": float(right.mean()),
-        "accuracy_ci95": list(binomial_interval(int(right.sum()), n)),
+        **share("accuracy", right),
         "passes_per_cell": mean,
         "cells_per_second": cells_per_second,
         "passes_to_95": reached["passes"],
@@ -209,16 +208,11 @@ def race_row(
     race = budget.policy
     if not isinstance(race, PaperRace | BettingRace):
         return {}
-    told = _share("true_class_dropped", dropped(measured, race, measured.truth))
+    told = share("true_class_dropped", dropped(measured, race, measured.truth))
     if full is not None:
         named = reader.probabilities(full.errors).argmax(1)
-        told |= _share("full_answer_dropped", dropped(measured, race, named))
+        told |= share("full_answer_dropped", dropped(measured, race, named))
     return told | {"drop_bound": race.alpha if isinstance(race, BettingRace) else None}
-
-
-def _share(name: str, happened: Bool[np.ndarray, " n"]) -> dict[str, Any]:
-    events, n = int(happened.sum()), len(happened)
-    return {name: events / n, f"{name}_ci95": list(binomial_interval(events, n))}
 
 
 def dropped(

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
@@ -37,7 +37,7 @@ from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.transforms import POSES, Augmentation
 from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate.baselines import BaselineSettings, Progress, train_baseline
-from cytodiffusion.evaluate.intervals import binomial_interval
+from cytodiffusion.evaluate.intervals import share
 from cytodiffusion.evaluate.report import fill
 
 Features: TypeAlias = Float[np.ndarray, "_ f"]
@@ -204,12 +204,6 @@ def copies(drawn: Nearest, real: Nearest) -> dict[str, Any]:
 
 
 # --- names ---------------------------------------------------------------------------------------
-
-
-def share(name: str, happened: Bool[np.ndarray, " n"]) -> dict[str, Any]:
-    """A share of cells with its exact 95 % interval, and how many there are."""
-    events, n = int(happened.sum()), len(happened)
-    return {name: events / n, f"{name}_ci95": list(binomial_interval(events, n)), f"{name}_n": n}
 
 
 def agreement(

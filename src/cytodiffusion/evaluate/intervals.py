@@ -14,10 +14,10 @@ A `Measure` takes samples, an array of row numbers (draws, n), and gives one val
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import brentq
 from scipy.special import betaincinv
 
@@ -39,6 +39,12 @@ def binomial_interval(successes: int, n: int, level: float = LEVEL) -> tuple[flo
     low = betaincinv(successes, n - successes + 1, tail) if successes > 0 else 0.0
     high = betaincinv(successes + 1, n - successes, 1 - tail) if successes < n else 1.0
     return float(low), float(high)
+
+
+def share(name: str, happened: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+    """A share of cells with its exact 95 % interval, and how many there are."""
+    events, n = int(happened.sum()), len(happened)
+    return {name: events / n, f"{name}_ci95": list(binomial_interval(events, n)), f"{name}_n": n}
 
 
 def bootstrap(
