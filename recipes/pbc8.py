@@ -36,7 +36,7 @@ SECOND = ("classification=2", "sigma_mean=-1.2", "sigma_std=1.4", "cooldown=0.7"
 # The second run of gpu-large: zoom, light, blur and noise as in pbc8's; moves and far colours stay.
 NEARER = ("zoom=0.15", "light=0", "blur=0.1", "noise=0.1")
 FAR = ("classification=10", "sigma_mean=-1", "sigma_std=1.4", "cooldown=0.5", "warmup=100")
-QUOTED = ("<!-- from the card of {} -->", "<!-- until here -->")  # of the README
+QUOTED = ("<!-- from the card of pbc8 -->", "<!-- until here -->")  # of the README
 DATA_LICENSE = """PBC dataset, CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/).
 
 Acevedo A, Merino A, Alferez S, Molina A, Boldu L, Rodellar J. A dataset of microscopic peripheral
@@ -107,7 +107,8 @@ def main() -> None:
     write_card(args.out)
     print(f"test vectors agree to {verify(bundle):.1e}")
     if args.release:
-        quote_card(bundle / "card.md", name)
+        if name == "pbc8":  # the default; the README has a line of each other model
+            quote_card(bundle / "card.md")
         shutil.rmtree(ZOO / name, ignore_errors=True)
         shutil.copytree(bundle, ZOO / name)
 
@@ -162,15 +163,13 @@ Weights: Apache-2.0. Trained on PBC, CC BY 4.0; see data_license.txt for the cit
     replace_texts(out / "bundle", texts | {"LICENSE": (ROOT / "LICENSE").read_text()})
 
 
-def quote_card(card: Path, name: str) -> None:
+def quote_card(card: Path) -> None:
     """Copy the test results of the card into the README; a test holds the two together."""
-    readme, begin = ROOT / "README.md", QUOTED[0].format(name)
+    readme, (begin, end) = ROOT / "README.md", QUOTED
     before, rest = readme.read_text().split(begin)
-    after = rest.split(QUOTED[1], 1)[1]
+    after = rest.split(end, 1)[1]
     numbers = card.read_text().split("## On the test split of PBC\n")[1].split("\n## ")[0].strip()
-    if name != "pbc8":  # not the default: the first table will do
-        numbers = numbers.split("\n| class |")[0].strip()
-    readme.write_text(f"{before}{begin}\n{numbers}\n{QUOTED[1]}{after}")
+    readme.write_text(f"{before}{begin}\n{numbers}\n{end}{after}")
 
 
 def interval(metrics: dict, name: str) -> str:

@@ -50,7 +50,8 @@ def generate(
     """Draw synthetic cells: OUT/CLASS/SEED.png, marked as such, and manifest.csv.
 
     Cells that are there are not drawn again; the same seed gives the same cell. --seed is that of the
-    first cell of every class. Synthetic cells may be trained on, and are refused as test data.
+    first cell of every class. Synthetic cells are refused as test data; to train on these made a classifier
+    worse (docs/log.md 36).
     """
     from cytodiffusion.bundle import load
     from cytodiffusion.synthesis import Cell, Folder, draw_all, read_gain
