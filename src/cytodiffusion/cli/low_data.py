@@ -105,7 +105,8 @@ def low_data(
     """Balanced accuracy from few labels, ours and baselines, with and without the unlabelled rest.
 
     OUT/results.json and report.html. Run again, what was trained is kept; a cut training of ours goes
-    on. With --repeats 3 --baselines resnet it should take two cores about two hours.
+    on. With --repeats 3 --baselines resnet it should take two cores about two and a half hours, with
+    --no-unlabelled three quarters of one.
     """
     from cytodiffusion.cli.few import (
         World,
