@@ -34,8 +34,8 @@ from cytodiffusion.train.settings import TrainSettings, make_settings
 
 SEED = 0
 VARIANTS: dict[str, list[str]] = {
-    "heads + classification term (released)": [],
-    "AdamW for all weights": ["optimizer=adamw"],
+    "heads + classification term": [],
+    "AdamW for all weights (released)": ["optimizer=adamw"],
     "heads, no classification term": ["classification=0"],
     "class-conditional": ["network.form=conditional"],
     "whole frame instead of the centre 55 %": ["preprocess.crop=1.0"],
