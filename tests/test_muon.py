@@ -37,6 +37,15 @@ def test_each_matrix_of_a_batch_is_as_if_alone() -> None:
     torch.testing.assert_close(both[1], orthogonal(second[None])[0])
 
 
+@pytest.mark.parametrize("scale", [1e-18, 1e-13, 1e-6, 1e6])
+def test_how_large_a_gradient_is_does_not_matter(scale: float) -> None:
+    """Those of the first steps, behind weights that begin with nothing, are as small as this."""
+    given = uneven(8, 72, 0.1)
+    torch.testing.assert_close(
+        orthogonal(scale * given[None]), orthogonal(given[None]), atol=1e-4, rtol=0
+    )
+
+
 def test_nothing_asks_for_nothing() -> None:
     assert orthogonal(torch.zeros(1, 4, 9)).count_nonzero() == 0
 

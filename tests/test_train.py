@@ -657,6 +657,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         first_weights(str(tmp_path / "nothing"), cells().classes)
 
 
+def test_weights_that_run_away_are_told(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings(steps=4), cells(), device="cpu")
+    with torch.no_grad():
+        next(run.learner.parameters()).fill_(float("nan"))
+    with pytest.raises(SettingsError, match=r"no numbers any more at step 2.*learning_rate"):
+        list(train(run, report_every=2))
+
+
 class InGroups(torch.optim.SGD):
     """Keeps its state as optimisers of 8 bits do: some of it in a group."""
 

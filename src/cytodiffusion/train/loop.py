@@ -10,6 +10,7 @@ on the same images as one does.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -260,6 +261,8 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
         last = run.step == settings.steps
         if run.step % report_every == 0 or last:
             means = {name: value.item() / count for name, value in sums.items()}
+            if not math.isfinite(means["total"]):
+                _refuse_no_numbers(run)
             spent, began = time.monotonic() - began, time.monotonic()
             scores = None
             passed = run.step // validate_every > (run.step - count) // validate_every
@@ -272,6 +275,15 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
         if last or time.monotonic() - saved > 60 * settings.checkpoint_minutes:
             run.save()
             saved = time.monotonic()
+
+
+def _refuse_no_numbers(run: Run) -> None:
+    """Raises SettingsError where a weight is infinite or no number: it never is one again."""
+    if not all(weight.isfinite().all() for weight in run.learner.parameters()):
+        raise SettingsError(
+            f"The weights are no numbers any more at step {run.step}: training has run away. Choose "
+            f"another folder and a learning rate below {run.settings.learning_rate:g} (--set learning_rate=...)."
+        )
 
 
 def _optimise(run: Run) -> dict[str, Tensor]:

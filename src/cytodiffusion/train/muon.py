@@ -70,9 +70,10 @@ def orthogonal(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
+    # Of a gradient as small as those of the first steps the square would vanish.
+    matrices = matrices / _size(matrices).clamp(min=1e-20)
     square = matrices @ matrices.mT
-    norm = square.norm(dim=(1, 2), keepdim=True).sqrt()  # no singular value is larger
-    norm = norm.clamp(min=1e-12)
+    norm = _size(square).sqrt().clamp(min=1e-3)  # no singular value is larger
     square = square / norm / norm
     factor = _quintic(square)
     whole = factor
@@ -81,6 +82,10 @@ def orthogonal(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n r c"]:
         factor = _quintic(square)
         whole = factor @ whole
     return whole @ (matrices / norm)
+
+
+def _size(matrices: Float[Tensor, "n r c"]) -> Float[Tensor, "n 1 1"]:
+    return matrices.norm(dim=(1, 2), keepdim=True)
 
 
 def _quintic(square: Float[Tensor, "n r r"]) -> Float[Tensor, "n r r"]:
