@@ -282,7 +282,8 @@ def _refuse_no_numbers(run: Run) -> None:
     if not all(weight.isfinite().all() for weight in run.learner.parameters()):
         raise SettingsError(
             f"The weights are no numbers any more at step {run.step}: training has run away. Choose "
-            f"another folder and a learning rate below {run.settings.learning_rate:g} (--set learning_rate=...)."
+            f"another folder and a learning rate below {run.settings.learning_rate:g}: "
+            "--set learning_rate=..."
         )
 
 
