@@ -535,7 +535,8 @@ def test_cut_and_run_again(
         first = Work(patch, CUTS[cut])
         told = adapt(*words)
     assert told.code == 130
-    assert "Run the same command again to go on." in told.err
+    stopped = json.loads(told.err.splitlines()[-1])
+    assert stopped == {"error": "Stopped. Run the same command again to go on."}
     assert not (tmp_path / "theirs" / "bundle").exists()
     with monkeypatch.context() as patch:
         second = Work(patch, lambda _: False)

@@ -87,7 +87,6 @@ def test_risk_coverage_by_hand():
     answered, wrong = metrics.risk_coverage(TRUTH, TABLE)
     assert answered == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert wrong == pytest.approx([0, 0, 1 / 3, 1 / 4, 2 / 5])  # .9 .8 .7 .6 .5
-    assert metrics.aurc(TRUTH, TABLE) == pytest.approx((1 / 3 + 1 / 4 + 2 / 5) / 5)
 
 
 def test_cells_of_equal_confidence_have_no_order():
@@ -330,7 +329,6 @@ def test_ranges(n, k, seed):
     assert 0 <= found["brier"] <= 2
     assert found["nll"] >= 0
     assert found["auroc_correct"] is None or 0 <= found["auroc_correct"] <= 1
-    assert 0 <= metrics.aurc(truth, table) <= 1
     assert 0 <= metrics.ece(truth, table, equal_mass=True) <= 1
 
 
@@ -347,7 +345,6 @@ def test_a_perfect_model(labels):
     assert found["auroc_correct_ci95"] is None
     low, high = found["balanced_accuracy_ci95"]
     assert 0 < low < high == 1
-    assert metrics.aurc(truth, table) == 0
 
 
 def test_small_integer_labels_do_not_overflow():

@@ -73,9 +73,9 @@ def _as_json() -> bool:
     return "--json" in sys.argv[1:]
 
 
-def _say(problem: str) -> None:
+def _say(problem: str, head: str = "Error: ") -> None:
     """Why nothing more is done, as the other lines are: JSON where that was asked for."""
-    typer.echo(json.dumps({"error": problem}) if _as_json() else f"Error: {problem}", err=True)
+    typer.echo(json.dumps({"error": problem}) if _as_json() else f"{head}{problem}", err=True)
 
 
 def _is_full(error: Exception) -> bool:
@@ -102,5 +102,5 @@ def run() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # as typer ends after Ctrl-C
-            typer.echo("Stopped. Run the same command again to go on.", err=True)
+            _say("Stopped. Run the same command again to go on.", head="")
         raise

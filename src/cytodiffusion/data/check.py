@@ -40,8 +40,6 @@ SIDE = 32  # px of a thumbnail
 SHIFT = 2  # px of a thumbnail
 BLANK = 2.0  # grey levels: a thumbnail that varies less shows nothing
 
-Load = Callable[[Sample], bytes]
-
 
 @dataclass(frozen=True)
 class Look:
@@ -92,12 +90,6 @@ class Report:
         ties: list[Sequence[str]] = [*self.exact, *(pair.names for pair in self.near)]
         names = sorted({name for tie in ties for name in tie})
         return connected(names, ties)
-
-    @property
-    def clean(self) -> bool:
-        """Whether nothing needs a person's attention."""
-        found = (self.unreadable, self.exact, self.near, self.blank, self.tiny, self.unlabelled)
-        return not any(found)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -156,7 +148,6 @@ def _counts(counts: dict[str, int], shown: int = 8) -> str:
 def check(
     samples: Iterable[Sample],
     *,
-    load: Load = Sample.read,
     pixels: bool = True,
     tiny: int = TINY,
     max_bits: int = MAX_BITS,
@@ -169,20 +160,18 @@ def check(
     are found.
     """
     looks = []
-    for look in examine(samples, load=load, pixels=pixels):
+    for look in examine(samples, pixels=pixels):
         looks.append(look)
         if progress is not None:
             progress(len(looks))
     return summarise(looks, tiny=tiny, max_bits=max_bits, min_correlation=min_correlation)
 
 
-def examine(
-    samples: Iterable[Sample], *, load: Load = Sample.read, pixels: bool = True
-) -> Iterator[Look]:
+def examine(samples: Iterable[Sample], *, pixels: bool = True) -> Iterator[Look]:
     """Read and note the images one by one."""
     for sample in samples:
         try:
-            data = load(sample)
+            data = sample.read()
             yield _look(sample, data) if pixels else _glance(sample, data)
         except UnreadableImage as error:
             yield Look(sample, reason=str(error))

@@ -232,11 +232,6 @@ def risk_coverage(
     return answered / len(right), np.cumsum(np.repeat(wrong, sizes)) / answered
 
 
-def aurc(truth: Truth, probabilities: Probabilities) -> float:
-    """Area under `risk_coverage`, 0 to 1; lower is better."""
-    return float(risk_coverage(truth, probabilities)[1].mean())
-
-
 # --------------------------------------------------------------------------- all of it, together
 
 
