@@ -19,7 +19,8 @@ HEAD = """# The command line
 Made by `make docs` from the commands' own help; do not edit.
 
 Exit codes: 0 done; 1 some inputs could not be read (the rest is done, and each is named); 2 the call
-was wrong, or could not be gone on with, such as a full disk: what was written until then stays.
+was wrong, or could not be gone on with, such as a full disk: what was written until then stays; 3 a
+fault of the program.
 """
 
 SETTINGS = """## Settings

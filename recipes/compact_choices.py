@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def run_variant(root: Path, name: str, minutes: float, folder: Path) -> dict[str
     fitted, classes = load(root, "train", settings, settings.augmentation.margin)
     held, _ = load(root, "val", settings, 1.0)
     data = loop.TrainingSet(fitted.images, fitted.labels, classes)
+    shutil.rmtree(folder, ignore_errors=True)  # of a variant that was cut: it gets its minutes anew
     run = loop.Run(folder / "run", settings, data, "cpu")
     began = time.process_time()
     for _ in loop.train(run, report_every=5):
@@ -132,18 +134,19 @@ def main() -> None:
     done = json.loads(path.read_text()) if path.exists() else []
     ours = compact.CompactNetwork
     for index, name in enumerate(VARIANTS):
-        if name in [result["variant"] for result in done] or args.only not in name:
+        told = [result["variant"] for result in done if result["minutes"] == args.minutes]
+        if name in told or args.only not in name:
             continue
         compact.CompactNetwork = swap_trunk if "UNet2DModel" in name else ours  # type: ignore[misc]
         done.append(run_variant(args.root, name, args.minutes, args.out / str(index)))
         path.write_text(json.dumps(done, indent=1) + "\n")
         print(json.dumps(done[-1]), flush=True)
     table = [
-        "| variant | steps | ms a trial | best single trial | NLL | accuracy |",
-        "|" + "---|" * 6,
+        "| variant | minutes | steps | ms a trial | best single trial | NLL | accuracy |",
+        "|" + "---|" * 7,
     ]
     table += [
-        f"| {r['variant']} | {r['steps']} | {r['milliseconds_per_trial']} | "
+        f"| {r['variant']} | {r['minutes']:g} | {r['steps']} | {r['milliseconds_per_trial']} | "
         f"{r['best_single_trial']:.3f} | {r['nll']:.3f} | {r['accuracy']:.3f} |"
         for r in done
     ]

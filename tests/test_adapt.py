@@ -430,8 +430,24 @@ def test_classes_that_do_not_come_up_are_not_learned(
         assert set(each) <= {"lymphocyte", "neutrophil"}
         assert share * 60 <= sum(each.values()) < share * 60 + 2
     assert load(tmp_path / "bundle").classes.names == CLASSES  # it may still be asked about them
-    row = "| answers | neutrophil, lymphocyte |"
+    row = "| answers | lymphocyte, neutrophil |"
     assert row in (tmp_path / "bundle" / "card.md").read_text()
+
+
+def test_the_order_of_the_classes_changes_nothing(tiny: Tiny, cells: Path, tmp_path: Path) -> None:
+    first = adapt(cells, tiny.bundle, tmp_path, "--classes", "neutrophil,lymphocyte")
+    again = adapt(cells, tiny.bundle, tmp_path, "--classes", "lymphocyte,neutrophil")
+    assert (first.code, again.code) == (0, 0), again.err
+
+
+@pytest.mark.parametrize("given", ["neutrophil", "neutrophil,Neutrophil"])
+def test_classes_between_which_nothing_is_to_be_told(
+    tiny: Tiny, cells: Path, tmp_path: Path, given: str
+) -> None:
+    told = adapt(cells, tiny.bundle, tmp_path, "--classes", given)
+    assert told.code == 2
+    assert "neutrophil" in told.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_seed_decides(tiny: Tiny, after: Adapted, cells: Path, tmp_path: Path) -> None:

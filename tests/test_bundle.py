@@ -29,7 +29,7 @@ from cytodiffusion.bundle import (
     verify,
 )
 from cytodiffusion.classify.as_json import calibration_from_json, calibration_to_json
-from cytodiffusion.errors import ChangedBundle, ModelError, OutputError
+from cytodiffusion.errors import ChangedBundle, LabelError, ModelError, OutputError
 from cytodiffusion.types import PIXELS, ErrorTable
 
 EVERY = (*FILES, "checksums.json")
@@ -208,6 +208,12 @@ def test_calibration_in_the_file_is_the_one_that_was_fitted(model: Model) -> Non
 def test_read_and_predict_files(tiny: Tiny, model: Model) -> None:
     paths = [tiny.cells / name / "00.png" for name in CLASSES]
     assert model.predict(paths) == [answer.predicted for answer in model.read(paths).answers()]
+    few = model.read(paths, classes=CLASSES[:2])
+    assert few.classes.names == CLASSES[:2]
+    assert few.probabilities.sum(1) == pytest.approx(1)
+    assert set(model.predict(paths, classes=CLASSES[:2])) <= set(CLASSES[:2])
+    with pytest.raises(LabelError, match="blast"):
+        model.read(paths, classes=["blast"])
     tensor, sha = model.prepare(paths[0].read_bytes())
     assert tensor.shape == (3, 16, 16)
     assert len(sha) == 64
@@ -374,6 +380,27 @@ def test_a_failed_save_leaves_the_old_bundle(
         save_bundle(folder, parts(model))
     assert contents(folder) == contents(tiny.bundle)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_killed_while_one_bundle_takes_the_place_of_another(
+    tiny: Tiny, model: Model, tmp_path: Path, monkeypatch
+) -> None:
+    """Both are there under other names."""
+    folder, move = tiny.copy(tmp_path / "b"), Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.suffix == ".part":
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_bundle(folder, parts(model))
+    assert contents(tmp_path / "b.old") == contents(tiny.bundle)
+    check_files(tmp_path / "b.part")
+    save_bundle(folder, parts(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 def test_save_into_a_file_is_refused(model: Model, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from typer.testing import CliRunner
 from cytodiffusion import __version__, release
 from cytodiffusion import bundle as bundles
 from cytodiffusion.cli.console import call_of
-from cytodiffusion.cli.main import app
+from cytodiffusion.cli.main import app, main
 from cytodiffusion.data.load import look_of
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import png
@@ -193,6 +193,26 @@ def test_another_error_is_a_bug_and_is_raised(
     monkeypatch.setattr("cytodiffusion.data.readers.read_dataset", wrong)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         cli("predict", tmp_path, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_fault_of_the_program_has_a_code_of_its_own(
+    as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """1 means that the rest was done."""
+
+    def wrong() -> None:
+        raise RuntimeError("mat1 and mat2")
+
+    monkeypatch.setattr("cytodiffusion.cli.main.run", wrong)
+    monkeypatch.setattr(sys, "argv", ["cytodiffusion", "doctor", *["--json"] * as_json])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 3
+    *trace, last = capsys.readouterr().err.splitlines()
+    assert trace[0].startswith("Traceback")
+    said = json.loads(last)["error"] if as_json else last.removeprefix("Error: ")
+    assert said == "This is a fault of the program: RuntimeError: mat1 and mat2"
 
 
 def test_version_and_help() -> None:
@@ -635,7 +655,7 @@ def test_budgets(tiny: Tiny, tmp_path: Path, budget: str) -> None:
 METRICS = {
     "n", "accuracy", "accuracy_ci95", "balanced_accuracy", "balanced_accuracy_ci95", "macro_f1",
     "per_class", "ece", "nll", "brier", "auroc_correct", "coverage", "mean_set_size",
-    "passes_per_cell", "cells_per_second", "model", "data_sha256", "seed",
+    "passes_per_cell", "cells_per_second", "model", "data_sha256", "seed", "flags",
 }  # fmt: skip
 
 

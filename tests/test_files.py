@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cytodiffusion.errors import OutputError
-from cytodiffusion.files import whole, write_arrays, write_file, writing_to
+from cytodiffusion.files import alone, whole, write_arrays, write_file, writing_to
 
 
 def names(folder: Path) -> list[str]:
@@ -91,3 +93,39 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written to"), writing_to(tmp_path / "out"):
         pass
     assert (tmp_path / "out").read_text() == "mine"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from cytodiffusion.files import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(OutputError, match="Another process is at work") as told, alone(folder):
+            pass
+        assert "\n" not in str(told.value)
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")
+            with alone(folder):  # a helper shares what its first process holds
+                pass
+        other.kill()
+    with alone(folder):  # held no longer, however it ended
+        pass
+    assert list(folder.iterdir()) == []
+    with alone(tmp_path / "new"):
+        pass
+    with alone(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["file"]

@@ -206,6 +206,22 @@ def test_the_first_report_after_a_cut_is_of_what_was_done_since(tmp_path):
     assert [p.losses["total"] for p in found] == pytest.approx(wanted)
 
 
+def test_a_run_that_was_cut_is_judged_at_the_same_steps(tmp_path):
+    """Cut at 4, after the third step, at which it is due, and before the fifth, which is reported."""
+
+    def judged(run: Run) -> list[int]:
+        steps = []
+        every = {"report_every": 5, "validate_every": 3, "validate": lambda _: {"nll": 1.0}}
+        for progress in train(run, **every):
+            steps += [progress.step] * (progress.validation is not None)
+        return steps
+
+    chosen = settings(steps=12)
+    go(tmp_path / "cut", chosen, 4).save()
+    whole = judged(Run(tmp_path / "whole", chosen, cells(), device="cpu"))
+    assert judged(Run(tmp_path / "cut", chosen, cells(), device="cpu")) == whole == [5, 10, 12]
+
+
 def test_a_torn_last_line_of_the_metrics_goes(tmp_path):
     run = Run(tmp_path, settings(), cells(), device="cpu")
     for step in (1, 2):
@@ -484,6 +500,12 @@ def test_the_newest_whole_checkpoint_counts(tmp_path):
     assert latest_checkpoint(tmp_path).name == "10"
     save_checkpoint(tmp_path, 12, TENSORS, {})
     assert [path.name for path in tmp_path.iterdir()] == ["12"]
+
+
+def test_a_newer_checkpoint_stays(tmp_path):
+    for step in (9, 4):
+        save_checkpoint(tmp_path, step, TENSORS, {})
+    assert latest_checkpoint(tmp_path).name == "9"
 
 
 def test_a_run_goes_on_past_a_half_written_checkpoint(tmp_path):

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,15 @@ class Model:
 
     def read(
         self, paths: Iterable[str | Path], budget: str = "balanced", crop: float | None = None,
-        match: str = "auto",
+        match: str = "auto", classes: Sequence[str] | None = None,
     ) -> Reading:  # fmt: skip
         """Everything that is said of these image files.
 
-        `crop` and `match` as in `fit_frames`. Eight or more white cells show whether frames are those of
-        another laboratory; what is then done to them is told in a warning, and the budget's twin is taken
-        (`Classifier.abroad`). The command reads such frames with pbc8-far unless it is given a model: load
-        that one here. Raises UnreadableImage, SettingsError, DataError.
+        `classes`: the only ones that can come up. `crop` and `match` as in `fit_frames`. Eight or more
+        white cells show whether frames are those of another laboratory; what is then done to them is told
+        in a warning, and the budget's twin is taken (`Classifier.abroad`). The command reads such frames
+        with pbc8-far unless it is given a model: load that one here. Raises UnreadableImage,
+        SettingsError, DataError, LabelError.
         """
         samples = [Sample(Path(path).name, None, source=FileBytes(Path(path))) for path in paths]
         if not samples:
@@ -152,14 +153,15 @@ class Model:
         prepared = [self.prepare(sample.read(), fit.crop, fit.light) for sample in samples]
         images = torch.stack([image for image, _ in prepared])
         table = self.classifier.measure(images, [sha for _, sha in prepared], budget)
-        return self.classifier.read(table, budget)
+        return self.classifier.read(table, budget, answers=classes)
 
     def predict(
         self, paths: Iterable[str | Path], budget: str = "balanced", crop: float | None = None,
-        match: str = "auto",
+        match: str = "auto", classes: Sequence[str] | None = None,
     ) -> list[str]:  # fmt: skip
         """Names of the cells in these image files; as `read`."""
-        return [answer.predicted for answer in self.read(paths, budget, crop, match).answers()]
+        reading = self.read(paths, budget, crop, match, classes)
+        return [answer.predicted for answer in reading.answers()]
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -185,15 +187,21 @@ class Parts:
 
 
 def save_bundle(folder: Path, parts: Parts) -> None:
-    """Write a bundle, whole or not at all. Raises OutputError."""
+    """Write a bundle, whole or not at all. Raises OutputError.
+
+    The one that it replaces lies beside it, under another name, until the new one has its place.
+    """
     folder = folder.absolute()
-    part = folder.with_name(folder.name + ".part")
+    part, old = (folder.with_name(folder.name + end) for end in (".part", ".old"))
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         _write(part, parts)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.replace(old)
         part.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OutputError(

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and a system that refuses to write is told in one line.
+"""Files appear whole or not at all, by one process at a time, and refusals to write are told in one line.
 
 A file is written under another name beside its place and renamed at the end. That name begins with a
 dot: should the machine itself stop half-way, no reader takes what is left for an image.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from cytodiffusion.errors import OutputError
 
@@ -71,3 +72,32 @@ def writing_to(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written to ({error.strerror or error}). What was done so far is "
             "kept; free some space or choose another folder with -o, and run again to go on."
         ) from error
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Work in a folder in which no other process may: OutputError where one does.
+
+    The helpers of a run over several processes share what its first process holds. Where the file system
+    knows no locks nothing is held.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    lock, new = FileLock(folder / ".lock"), not folder.exists()
+    with writing_to(folder), contextlib.suppress(NotImplementedError):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise OutputError(
+                f"Another process is at work in {folder}. Wait until it is done, or choose another folder "
+                "with -o."
+            ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / ".lock").unlink()
+            if new:
+                folder.rmdir()  # where nothing was written to it
+        lock.release()

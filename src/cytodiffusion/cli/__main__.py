@@ -1,5 +1,5 @@
 """`python -m cytodiffusion.cli` is `cytodiffusion`."""
 
-from cytodiffusion.cli.main import run
+from cytodiffusion.cli.main import main
 
-run()
+main()

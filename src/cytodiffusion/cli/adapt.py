@@ -74,7 +74,7 @@ def adapt(
     console = Console(json)
     samples = read_dataset(source, splits=splits, split=split)
     loaded = load(model or DEFAULT_MODEL, pick_device(device), engine="torch")
-    answers = read_answers(classes, loaded)
+    answers = _several(read_answers(classes, loaded))
     console.note(NOTICE)
     asked = Asked(match, crop, "full", model)
     taken = take(asked, loaded, samples, console, open_answers=answers is None, adapting=True)
@@ -99,6 +99,17 @@ def adapt(
     )
     if console.unread:
         raise typer.Exit(1)
+
+
+def _several(answers: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The classes in one order, however they were given. Raises SettingsError for one class alone."""
+    from cytodiffusion.errors import SettingsError
+
+    if answers is not None and len(answers) < 2:
+        raise SettingsError(
+            f"--classes names {answers[0]} alone: every cell would be one. Name all that come up."
+        )
+    return answers and tuple(sorted(answers))
 
 
 def _settled(taken: Taken, samples: Sequence[Sample], crop: float | None) -> Preprocess:
@@ -139,8 +150,18 @@ def adapt_model(
     """All rounds, or those that are left; returns the bundle.
 
     OUT/rounds.json: how many cells of each class were taken for labelled, and what it took. Raises
-    DataError for too few cells, SettingsError where OUT was begun otherwise.
+    DataError for too few cells, SettingsError where OUT was begun otherwise, OutputError where another
+    process is at work in it.
     """
+    from cytodiffusion.files import alone
+
+    with alone(out):
+        return _adapt_alone(way, samples, out, data, console)
+
+
+def _adapt_alone(
+    way: Way, samples: Sequence[Sample], out: Path, data: str, console: Console
+) -> Path:
     import shutil
 
     from cytodiffusion import adaptation

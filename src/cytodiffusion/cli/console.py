@@ -240,8 +240,11 @@ def read_answers(
     if not words:
         raise SettingsError(f"--classes names no class. There are: {', '.join(model.classes)}.")
     labels = labels or model.taxonomy
-    names = [labels.spelled(word, model.classes.names) or word for word in words]
-    return tuple(model.classes.names[model.classes.index(name)] for name in names)
+    spelled = [labels.spelled(word, model.classes.names) or word for word in words]
+    names = tuple(model.classes.names[model.classes.index(name)] for name in spelled)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SettingsError(f"A class is named twice by --classes: {', '.join(twice)}.")
+    return names
 
 
 def read_prior(words: str, classes: Sequence[str]) -> tuple[float, ...] | None:

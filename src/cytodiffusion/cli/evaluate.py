@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,7 @@ def evaluate(
     metrics = None
     if any(row["flag"] != "unreadable" for row in rows):
         metrics = _metrics(rows, names, seed, _limits(loaded, request, names)) | {
+            "flags": dict(Counter(row["flag"] for row in rows)),
             "budget": taken.budget,
             "crop": request.preprocess(loaded).crop,
             "match": request.preprocess(loaded).match,

@@ -1,6 +1,7 @@
 """`cytodiffusion VERB ...`: puts the verbs together and turns errors into exit codes.
 
-Exit codes: 0 done, 1 some inputs could not be read (the rest is done), 2 the call was wrong.
+Exit codes: 0 done, 1 some inputs could not be read (the rest is done), 2 the call was wrong, 3 a fault
+of the program.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -85,7 +87,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def run() -> None:
-    """Entry point of the `cytodiffusion` command."""
+    """Do what the call asks for and exit with its code; a fault of the program is raised."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not hold a core
     try:
         sys.exit(app(standalone_mode=not _as_json()))  # by itself, typer says in text what is wrong
@@ -104,3 +106,13 @@ def run() -> None:
         if end.code == 130:  # as typer ends after Ctrl-C
             _say("Stopped. Run the same command again to go on.", head="")
         raise
+
+
+def main() -> None:
+    """Entry point of the `cytodiffusion` command."""
+    try:
+        run()
+    except Exception as error:
+        traceback.print_exc()
+        _say(f"This is a fault of the program: {plain(f'{type(error).__name__}: {error}')}")
+        sys.exit(3)

@@ -92,7 +92,20 @@ def name_all(
     model: Model, samples: Sequence[Sample], request: Request, out: Path, console: Console,
     labelled: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Name every sample, going on from what OUT already holds, and write the table."""
+    """Name every sample, going on from what OUT already holds, and write the table.
+
+    Raises OutputError where another process writes to OUT.
+    """
+    from cytodiffusion.files import alone
+
+    with alone(out):
+        return _name_alone(model, samples, request, out, console, labelled)
+
+
+def _name_alone(
+    model: Model, samples: Sequence[Sample], request: Request, out: Path, console: Console,
+    labelled: bool,
+) -> list[Row]:  # fmt: skip
     from cytodiffusion.predictions import Table, name_cells
 
     table = Table(out, request, model)

@@ -312,7 +312,20 @@ def run_training(
     parts: dict[str, Sequence[Sample]], out: Path, settings: TrainSettings, device: str,
     taxonomy: Taxonomy, console: Console, start: str | None = None,
 ) -> tuple[Run | None, Pixels]:  # fmt: skip
-    """Train to the end. The run is None in the helper processes of a run over several."""
+    """Train to the end. The run is None in the helper processes of a run over several.
+
+    Raises OutputError where another process trains in OUT.
+    """
+    from cytodiffusion.files import alone
+
+    with alone(out):
+        return _train_alone(parts, out, settings, device, taxonomy, console, start)
+
+
+def _train_alone(
+    parts: dict[str, Sequence[Sample]], out: Path, settings: TrainSettings, device: str,
+    taxonomy: Taxonomy, console: Console, start: str | None,
+) -> tuple[Run | None, Pixels]:  # fmt: skip
     from cytodiffusion.data.pixels import class_names, load_pixels
     from cytodiffusion.files import writing_to
     from cytodiffusion.release import validator

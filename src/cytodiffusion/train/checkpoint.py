@@ -43,7 +43,8 @@ def save_checkpoint(
             "space or choose another folder, and run again: training goes on from the last one."
         ) from error
     for old in folder.iterdir():
-        if old.name != str(step):
+        number = old.name.removesuffix(".part")
+        if number.isdigit() and int(number) < step:
             shutil.rmtree(old, ignore_errors=True)
 
 

@@ -214,10 +214,15 @@ def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
     # If it is first imported once there are other processes, its defaults keep them, and `close` cannot.
     if torch.distributed.is_available():
         import_module("torch.distributed.nn.functional")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    unasked = device == "auto" and not torch.cuda.is_available()  # as elsewhere, not MPS
     try:
         patient = InitProcessGroupKwargs(timeout=WAIT)  # processes wait while one encodes or judges
         accelerator = Accelerator(
-            mixed_precision=settings.precision, cpu=device == "cpu", kwargs_handlers=[patient]
+            mixed_precision=settings.precision,
+            cpu=device == "cpu" or unasked,
+            kwargs_handlers=[patient],
         )
     except ValueError as error:
         raise SettingsError(
@@ -235,7 +240,10 @@ def _accelerator(settings: TrainSettings, device: str) -> Accelerator:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, constant, linear fall to zero over the last share of the run."""
+    """Linear warm-up, constant, linear fall to zero over the last share of the run.
+
+    A run that had ended, and is given more steps, goes on at the full rate.
+    """
     rise = min(1.0, (step + 1) / max(1, settings.warmup))
     falling = max(1.0, settings.cooldown * settings.steps)
     return settings.learning_rate * min(rise, (settings.steps - step) / falling, 1.0)
@@ -265,7 +273,8 @@ def train(run: Run, *, report_every: int = 50, validate: Validate | None = None,
                 _refuse_no_numbers(run)
             spent, began = time.monotonic() - began, time.monotonic()
             scores = None
-            passed = run.step // validate_every > (run.step - count) // validate_every
+            # From the step alone, so that a run that was cut is judged where one that was not is.
+            passed = run.step // validate_every > (run.step - report_every) // validate_every
             if validate is not None and (passed or last):
                 scores = validate(run.denoiser("ema"))
                 run.consider(scores)

@@ -2,14 +2,15 @@
 
 The field descriptions are the help text; presets are values; `--set a.b=1` overrides one field. A
 run folder keeps its settings in settings.yaml, and going on with other settings is refused, except
-for `steps`, which may grow: the learning rate is constant until the last part of the run.
+for `steps`, which may grow: the learning rate is constant until the last part of the run. A run that
+had ended goes on at the full rate.
 """
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,12 +24,12 @@ from cytodiffusion.networks.compact import Form
 class NetworkSettings(BaseModel):
     """Shape of the network, apart from what the data decide (size and number of classes)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     form: Form = Field("heads", description="a head for each class, or the class as an input")
     unshuffle: int = Field(4, ge=1, description="pixels folded into channels, in each direction")
     width: int = Field(48, ge=8, description="channels of the first level")
-    multipliers: tuple[int, ...] = Field(
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (1, 2, 4), min_length=1, description="channels of each level / width"
     )
     blocks: int = Field(2, ge=1, description="residual blocks a level, down and up")
@@ -40,7 +41,7 @@ class NetworkSettings(BaseModel):
 class LatentSettings(BaseModel):
     """How a model of Stable Diffusion's shape is fine-tuned, in place of a compact network."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     start: str = Field(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -60,7 +61,7 @@ class LatentSettings(BaseModel):
 class TrainSettings(BaseModel):
     """One training run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     network: NetworkSettings = NetworkSettings()
     latent: LatentSettings | None = Field(None, description="Stable Diffusion's shape instead")
@@ -111,6 +112,8 @@ class TrainSettings(BaseModel):
                 f"preprocess.size {size} is no multiple of network.unshuffle {unshuffle}; try "
                 f"{unshuffle * round(size / unshuffle)}"
             )
+        if self.latent is not None and self.optimizer != "adamw":
+            raise ValueError("Stable Diffusion's shape is fine-tuned with AdamW: optimizer=adamw")
         return self
 
     @property
@@ -129,7 +132,7 @@ PAPER: dict[str, Any] = {
         "brightness": 0.14, "contrast": 0.14, "hue": 0.07,
     },
     "batch": 10, "balance": 0.0, "learning_rate": 1e-5, "warmup": 0, "cooldown": 0.0,
-    "ema": 0.9999, "label_dropout": 0.0, "precision": "fp16",
+    "ema": 0.9999, "label_dropout": 0.0, "precision": "fp16", "optimizer": "adamw",
     "checkpoint_minutes": 30,
 }  # fmt: skip
 
@@ -138,7 +141,7 @@ WIDE_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.25, "light": 0.04, "far": 0.25, "blur": 0.2, "noise": 0.2,
 }  # fmt: skip
 
-# For cells of other laboratories: better there, a little worse at home (docs/log.md 33).
+# For cells of other laboratories: better there, a little worse at home (docs/log.md 33, with AdamW).
 FAR_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.35, "light": 0.08, "far": 0.5, "blur": 0.3, "noise": 0.2,
 }  # fmt: skip
@@ -150,7 +153,7 @@ FINE_TUNE: dict[str, Any] = {
     "classification": 10.0, "sigma_mean": -1.0, "sigma_std": 1.4, "augmentation": FAR_AUGMENTATION,
 }  # fmt: skip
 
-# About the steps of the two runs of recipes/pbc8.py (docs/log.md 40).
+# About the steps of the two runs of recipes/pbc8.py with AdamW (docs/log.md 40); not yet run with Muon.
 GPU: dict[str, Any] = {
     "steps": 6_000, "batch": 256, "precision": "bf16", "ema": 0.9995,
     "network": {"width": 64, "multipliers": (1, 2, 3)},
@@ -260,8 +263,18 @@ def _is_model(kind: Any) -> bool:
 
 
 def load_settings(path: Path) -> TrainSettings:
-    """Read settings.yaml of a run."""
-    return _validated(yaml.safe_load(path.read_text()), str(path))
+    """Read settings.yaml of a run. Raises SettingsError."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read ({_one_line(error)}).") from error
+    if isinstance(values, dict):
+        values.setdefault("optimizer", "adamw")  # runs from before there was a choice
+    return _validated(values, str(path))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def dump_settings(settings: BaseModel) -> str:
