@@ -170,9 +170,9 @@ def test_some_classes_from_a_seed_on(tiny: Tiny, out: Path, tmp_path: Path) -> N
 
 
 def test_classes_in_other_spellings(tiny: Tiny, out: Path, tmp_path: Path) -> None:
-    """Each once, in folders of the model's own words."""
+    """In folders of the model's own words."""
     told = cli("generate", "-m", tiny.bundle, "-o", tmp_path / "out", "--classes",
-               "NEUTROPHIL, Eosinophils,neutrophil", "--per-class", 1, *QUICK)  # fmt: skip
+               "NEUTROPHIL, Eosinophils", "--per-class", 1, *QUICK)  # fmt: skip
     assert told.code == 0, told.err
     paths = [row["path"] for row in manifest(tmp_path / "out")]
     assert sorted(paths) == ["eosinophil/000000.png", "neutrophil/000000.png"]

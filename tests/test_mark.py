@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,11 +19,12 @@ from cytodiffusion.cli.console import Console
 from cytodiffusion.cli.labs import Bench, list_labs
 from cytodiffusion.cli.strangers import list_foreign
 from cytodiffusion.cli.train import split_samples
+from cytodiffusion.data.images import decode
 from cytodiffusion.data.mark import SOURCE, Mark, marked_png, read_mark, refuse_marked
 from cytodiffusion.data.sample import HeldBytes, Sample
 from cytodiffusion.data.split import read_split, split
 from cytodiffusion.data.taxonomy import Taxonomy
-from cytodiffusion.errors import DataError
+from cytodiffusion.errors import DataError, UnreadableImage
 from cytodiffusion.train.settings import make_settings
 
 MARK = Mark("pbc8", "ab" * 32, 7, "lymphocyte")
@@ -225,3 +228,14 @@ def test_bench_low_data_refuses_a_split_that_tests_on_them(mixed: Path, tmp_path
     (tmp_path / "s.csv").write_text("path,label,split\n" + "".join(lines))
     with pytest.raises(DataError, match="marked as synthetic"):
         few.list_cells(mixed, tmp_path / "s.csv", "test", 0, Taxonomy.load())
+
+
+def test_a_picture_too_large_to_open_has_no_mark() -> None:
+    """Pillow refuses it with an error that is none of its others."""
+    head = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + head
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(head)) + chunk
+    png += struct.pack(">I", zlib.crc32(chunk)) + struct.pack(">I", 0) + b"IEND\xaeB`\x82"
+    assert read_mark(png) is None
+    with pytest.raises(UnreadableImage, match="crop single cells first"):
+        decode(png)

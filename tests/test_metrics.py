@@ -11,7 +11,12 @@ from sklearn import metrics as oracle
 
 from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate import metrics
-from cytodiffusion.evaluate.intervals import binomial_interval, percentiles, spotless
+from cytodiffusion.evaluate.intervals import (
+    balanced_interval,
+    binomial_interval,
+    mean_interval,
+    percentiles,
+)
 
 NAMES = ("a", "b", "c")
 
@@ -207,18 +212,41 @@ def test_no_trials_say_nothing():
         binomial_interval(3, 2)
 
 
-def test_a_spotless_set_has_an_exact_limit():
-    """For one class it is Clopper-Pearson; for equal classes, that of all cells together."""
-    assert spotless(np.array([30])) == pytest.approx(binomial_interval(30, 30)[0])
-    assert spotless(np.array([10, 10, 0, 10])) == pytest.approx(binomial_interval(30, 30)[0])
+def test_the_interval_of_one_share_is_its_own():
+    for hits in (0, 7, 30):
+        found = mean_interval(np.array([hits]), np.array([30]))
+        assert found == pytest.approx(binomial_interval(hits, 30))
 
 
-@given(st.lists(st.integers(1, 60), min_size=2, max_size=5), st.integers(0, 2**32 - 1))
-def test_no_recalls_that_allow_a_spotless_set_are_lower(counts, seed):
-    n = np.array(counts)
-    shares = np.random.default_rng(seed).dirichlet(np.ones(len(n)), 200)
-    recalls = np.exp(shares * math.log(0.025) / n)  # every row: product of r^n = 2.5 %
-    assert spotless(n) <= recalls.mean(axis=1).min() + 1e-9
+def test_the_interval_of_a_mean_by_hand():
+    """Distances to the ends of .8 of 10 and of 1 of 4, halved, added in squares."""
+    (low, high), (least, _) = binomial_interval(8, 10), binomial_interval(4, 4)
+    found = mean_interval(np.array([8, 4]), np.array([10, 4]))
+    below = math.hypot(0.8 - low, 1 - least) / 2
+    assert found == pytest.approx((0.9 - below, min(1, 0.9 + (high - 0.8) / 2)))
+
+
+@pytest.mark.parametrize(
+    ("n", "recalls"),
+    [
+        ([100, 120, 100, 3, 1], [0.8, 0.8, 0.8, 0.6, 0.6]),
+        ([20] * 8, [0.95] * 8),
+        ([300] * 8, [0.97] * 8),
+    ],
+    ids=["two rare classes", "small classes", "large classes"],
+)
+def test_intervals_of_balanced_accuracy_hold_the_truth(n, recalls):
+    """As often as they say, by 1,000 draws, or at worst nearly so."""
+    rng, n, recalls = np.random.default_rng(0), np.array(n), np.array(recalls)
+    ends = np.array([mean_interval(hits, n) for hits in rng.binomial(n, recalls, (1000, len(n)))])
+    assert ((ends[:, 0] <= recalls.mean()) & (recalls.mean() <= ends[:, 1])).mean() > 0.92
+
+
+def test_balanced_interval_counts_classes():
+    truth = np.array([0, 0, 0, 3, 3])
+    right = np.array([True, False, True, True, True])
+    wanted = mean_interval(np.array([2, 2]), np.array([3, 2]))
+    assert balanced_interval(truth, right) == wanted
 
 
 def test_draws_that_do_not_differ_give_no_interval():

@@ -109,6 +109,13 @@ def test_an_image_beside_split_folders_makes_no_classes_of_them(tmp_path: Path) 
     ]
 
 
+def test_a_folder_beside_those_of_splits_is_refused(tmp_path: Path) -> None:
+    """It would make classes of `train` and `test`."""
+    put(tmp_path, {"train/mono/a.png": "", "test/mono/b.png": "", "docs/fig.png": ""})
+    with pytest.raises(DataError, match="lie others: docs"):
+        read_dataset(tmp_path)
+
+
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     put(tmp_path / "store", CELLS)
     (tmp_path / "set").mkdir()
@@ -531,6 +538,19 @@ def test_coco(tmp_path: Path, place: str) -> None:
         assert np.array_equal(pixels(two.read()), FIELD)
     square = read_dataset(tmp_path, margin=0.5)[0]
     assert np.array_equal(pixels(square.read()), FIELD[16:28, 8:20])  # side 8 * 1.5, centre kept
+
+
+def test_boxes_of_one_picture_are_of_one_slide_and_folders_of_splits_count(tmp_path: Path) -> None:
+    files = {f"{part}/f.png": field_bytes() for part in ("train", "valid")}
+    files |= {f"{part}/_annotations.coco.json": coco([1, 2, 3, 4]) for part in ("train", "valid")}
+    put(tmp_path, files)
+    found = [(s.slide, s.split) for s in read_dataset(tmp_path)]
+    assert found == [("train/f.png", "train")] * 2 + [("valid/f.png", "val")] * 2
+
+
+def test_voc_boxes_of_one_picture_are_of_one_slide(tmp_path: Path) -> None:
+    put(tmp_path, {"f.png": field_bytes(), "f.xml": voc((11, 21, 18, 24))})
+    assert [(s.slide, s.split) for s in read_dataset(tmp_path)] == [("f.png", None)]
 
 
 def test_coco_in_a_zip(tmp_path: Path) -> None:

@@ -72,6 +72,21 @@ def test_many_patients_still_give_the_fractions() -> None:
     assert abs(counts["val"] / 4000 - 0.1) < 0.02
 
 
+def test_slides_of_images_without_a_patient_stay_together() -> None:
+    """Slides may be numbered anew for each patient: those of named patients tie nothing."""
+    named = [Sample(f"p{i}", "a", patient=f"p{i % 10}", slide="1") for i in range(40)]
+    bare = [Sample(f"s{i}", "a", slide=f"s{i % 12}") for i in range(60)]
+    lone = [Sample("x", "a")]
+    result = split([*named, *bare, *lone])
+    assert result.grouped_by == "patient and slide"
+    sides = {row.name: row.split for row in result}
+    for group in ("patient", "slide"):
+        for value in {getattr(s, group) for s in bare + named} - {None, "1"}:
+            assert len({sides[s.name] for s in bare + named if getattr(s, group) == value}) == 1
+    assert set(sides.values()) == {"train", "val", "test"}
+    assert "1 images name no patient or slide and are dealt one by one." in result.notes
+
+
 def test_patient_wins_over_slide() -> None:
     samples = [Sample(f"{i}", "a", patient=f"p{i % 7}", slide=f"s{i % 3}") for i in range(70)]
     assert split(samples).grouped_by == "patient"

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, by one process at a time, and refusals to write are told in one line.
+"""Files appear whole or not at all, and a system that refuses to write is told in one line.
 
 A file is written under another name beside its place and renamed at the end. That name begins with a
 dot: should the machine itself stop half-way, no reader takes what is left for an image.

@@ -201,7 +201,8 @@ class Folder:
     def begin(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells that are not there yet. Raises OutputError for a folder of something else."""
         stamp = self.path / REQUEST
-        if not stamp.exists() and self.path.is_dir() and any(self.path.iterdir()):
+        there = [path for path in self.path.glob("*") if not path.name.startswith(".")]
+        if there and not stamp.exists():
             raise OutputError(
                 f"{self.path} holds files that were not drawn by this program. Choose a new folder "
                 "with -o, so that drawn and real cells cannot be mixed up."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.benches import write_results
+from cytodiffusion.cli.benches import tell_unmarked, write_results
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -119,9 +119,9 @@ def _listed(
     source: Path, drawn: Path, splits: Path | None, split: str | None, console: Console
 ) -> tuple[list[Sample], list[Sample]]:
     """Real and drawn labelled images. Raises DataError for what cannot be that."""
-    from cytodiffusion.data.mark import read_mark, refuse_marked
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
-    from cytodiffusion.errors import DataError, UnreadableImage
+    from cytodiffusion.errors import DataError
 
     found = []
     for where, samples in (
@@ -132,14 +132,7 @@ def _listed(
         if not found[-1]:
             raise DataError(f"{where} has no labels. Put each class in a folder of its own.")
     refuse_marked(found[0], "real cells")
-    try:
-        marked = read_mark(found[1][0].read()) is not None
-    except UnreadableImage:
-        marked = True  # it is named later
-    if not marked:
-        console.note(
-            f"{drawn} does not say that it is synthetic; it is taken as drawn all the same."
-        )
+    tell_unmarked(found[1], drawn, console)
     return found[0], found[1]
 
 

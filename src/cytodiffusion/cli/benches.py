@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from cytodiffusion.bundle import Model
+    from cytodiffusion.cli.console import Console
+    from cytodiffusion.data.images import Preprocess
     from cytodiffusion.data.sample import Sample
     from cytodiffusion.evaluate.baselines import Baseline, Kind
 
@@ -68,6 +70,40 @@ def percent(work: Generator[Any, None, T]) -> Generator[int, None, T]:
             yield round(100 * next(work).done)
         except StopIteration as end:
             return end.value
+
+
+def code_digest() -> str:
+    """sha256 of the code that decides what is measured, so that another's is not taken for it."""
+    import hashlib
+
+    here = Path(__file__).parents[1]
+    parts = ("classify", "data", "diffusion", "engines", "networks")
+    paths = [path for part in parts for path in sorted((here / part).glob("*.py"))]
+    paths += [here / "evaluate" / "cost.py", here / "evaluate" / "views.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def tell_unread(
+    samples: Sequence[Sample], digests: Sequence[str], preprocess: Preprocess, console: Console
+) -> None:
+    """Name the images that were not measured; `digests`: sha256 of the files that were."""
+    from cytodiffusion.data.load import file_sha256, load_one
+
+    there = set(digests)
+    for sample in samples if len(digests) < len(samples) else ():
+        if file_sha256(sample) not in there:
+            console.not_read(f"{sample.name}: {load_one(sample, preprocess).problem}")
+
+
+def tell_unmarked(drawn: Sequence[Sample], where: Path, console: Console) -> None:
+    """Say how many cells do not say that they were drawn: another program's do not, real ones neither."""
+    from cytodiffusion.data.mark import marked
+
+    if bare := len(drawn) - len(marked(drawn)):
+        console.note(
+            f"{bare} of {len(drawn)} images in {where} are not marked as synthetic; they are taken as "
+            "drawn all the same."
+        )
 
 
 def digest_of(about: object) -> str:

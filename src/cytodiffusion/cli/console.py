@@ -146,7 +146,8 @@ class Console:
         self.as_json = as_json
         self.began = self.shown = time.monotonic()
         self.open_line = False
-        self.unread = 0  # inputs that could not be read, so far
+        self.problems = set[str]()  # inputs that could not be read, and why
+        self.unread = 0  # how many, so far
 
     def note(self, text: str) -> None:
         """One line for the reader, on standard error."""
@@ -159,8 +160,10 @@ class Console:
     def not_read(self, *problems: str) -> None:
         """Name inputs that could not be read, each with the reason; the command then ends with 1."""
         for problem in problems:
-            self.unread += 1
-            self.note(f"Not read: {problem}")
+            if problem not in self.problems:  # some images are read more than once
+                self.problems.add(problem)
+                self.unread += 1
+                self.note(f"Not read: {problem}")
 
     def result(self, values: dict[str, Any], text: str) -> None:
         """The result: JSON or text, on standard output."""

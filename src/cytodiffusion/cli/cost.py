@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cytodiffusion.cli.benches import digest_of, labelled_cells, write_results
+from cytodiffusion.cli.benches import (
+    code_digest,
+    digest_of,
+    labelled_cells,
+    tell_unread,
+    write_results,
+)
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -125,7 +131,8 @@ def _measure(
     torch.set_num_threads(1)  # one for each worker
     able = [name for name in names if model.classifier.together or name != ONE_PASS]
     found = {name: _one(model, name, samples, classes, crop, out, console) for name in able}
-    console.unread += max((len(samples) - len(each.truth) for each in found.values()), default=0)
+    for measured in found.values():
+        tell_unread(samples, measured.digests, model.fitted(crop), console)
     return found
 
 
@@ -188,10 +195,11 @@ def _one(
     from cytodiffusion.evaluate.cost import Measured, run
     from cytodiffusion.files import writing_to
 
-    preprocess = model.preprocess.model_copy(update={"crop": crop}) if crop else model.preprocess
+    preprocess = model.fitted(crop)
     cells = [(sample.name, file_sha256(sample)) for sample in samples]
     about = (
-        model.files_sha256, cells, list(classes), preprocess, model.engine, cores(), _code()
+        model.files_sha256, cells, list(classes), preprocess, model.engine,
+        str(model.classifier.device), cores(), code_digest(),
     )  # fmt: skip
     path = out / "measured" / f"{model.name}-{name.replace(' ', '-')}-{digest_of(about)}.npz"
     if path.exists():
@@ -204,34 +212,12 @@ def _one(
     return measured
 
 
-def _code() -> str:
-    """sha256 of the code that decides what is measured, so that another's is not taken for it."""
-    import hashlib
-
-    here = Path(__file__).parents[1]
-    parts = ("classify", "data", "diffusion", "engines", "networks")
-    paths = [path for part in parts for path in sorted((here / part).glob("*.py"))]
-    paths += [here / "evaluate" / "cost.py", here / "evaluate" / "views.py"]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def _sha256(sample: Sample) -> str:
-    """Of the file; empty where it cannot be read."""
-    import hashlib
-
-    from cytodiffusion.errors import UnreadableImage
-
-    try:
-        return hashlib.sha256(sample.read()).hexdigest()
-    except UnreadableImage:
-        return ""
-
-
 def _origin(models: Sequence[Model]) -> dict[str, Any]:
     from cytodiffusion.release import commit
 
     weights = {model.name: model.weights_sha256[:12] for model in models}
-    return {"weights": weights, "engine": models[0].engine, "commit": commit()}
+    device = str(models[0].classifier.device)
+    return {"weights": weights, "engine": models[0].engine, "device": device, "commit": commit()}
 
 
 def _heading() -> str:

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from cytodiffusion.cli.benches import digest_of, load_baseline, percent, write_results
+from cytodiffusion.cli.benches import (
+    digest_of,
+    load_baseline,
+    percent,
+    tell_unmarked,
+    write_results,
+)
 from cytodiffusion.cli.console import (
     NOTICE,
     Console,
@@ -110,6 +116,7 @@ def fidelity(
     settings = BaselineSettings(minutes=None if steps else minutes, steps=steps, seed=seed)
     extractor = None if features == "baseline" else _extractor(features, loaded)
     listed = _listed(drawn, source, splits, (split, train_split))
+    tell_unmarked(listed[0], drawn, console)
     console.note(NOTICE)
     whole = Preprocess(size=loaded.preprocess.size, crop=1.0)  # drawn cells fill their frame
     forged = _read(listed[0], whole, loaded, "drawn cells", console)
@@ -357,7 +364,9 @@ def _lines(results: dict[str, Any]) -> list[str]:
         pair = [results["alike"][kind][name] for kind in ("drawn", "real")]
         lines.append(f"{name:<30}{pair[0]:.4f}   real and real {pair[1]:.4f}")
     for where, row in results["copies"].items():
-        lines.append(f"nearer than usual, in {where:<8}{_share(row, 'nearer')}   expected 0.0100")
+        lines.append(
+            f"nearer than usual, in {where:<8}{_share(row, 'nearer')}   expected {row['expected']:.4f}"
+        )
     return lines
 
 

@@ -54,12 +54,13 @@ def generate(
     worse (docs/log.md 36).
     """
     from cytodiffusion.bundle import load
+    from cytodiffusion.files import alone
     from cytodiffusion.synthesis import Cell, Folder, draw_all, read_gain
     from cytodiffusion.types import PIXELS
 
     console = Console(json)
     loaded = load(model, pick_device(device), engine="torch")
-    names = list(dict.fromkeys(read_answers(classes, loaded) or loaded.classes))
+    names = read_answers(classes, loaded) or loaded.classes.names
     given = {"sampler": sampler, "steps": steps, "guidance": guidance, "churn": churn}
     drawing = _drawing(given, loaded)
     console.note(NOTICE)
@@ -68,19 +69,20 @@ def generate(
             f"{loaded.name} has no drawing.json, so its cells may be grainy (recipes/drawing.py)."
         )
     cells = [Cell(name, seed + i) for i in range(per_class) for name in names]
-    folder = Folder(out, loaded, drawing)
-    missing = folder.begin(cells)
-    before = len(cells) - len(missing)
-    if before:
-        console.note(f"{before:,} cells are already in {out}; going on with the rest.")
-    console.start()
-    began, done = time.monotonic(), before
-    for files in draw_all(loaded, missing, drawing, threads(loaded)):
-        folder.add(files)
-        done += len(files)
-        console.progress("drawing", done, len(cells), "cells", before=before)
-    spent = time.monotonic() - began
-    there = folder.write_manifest()
+    with alone(out):
+        folder = Folder(out, loaded, drawing)
+        missing = folder.begin(cells)
+        before = len(cells) - len(missing)
+        if before:
+            console.note(f"{before:,} cells are already in {out}; going on with the rest.")
+        console.start()
+        began, done = time.monotonic(), before
+        for files in draw_all(loaded, missing, drawing, threads(loaded)):
+            folder.add(files)
+            done += len(files)
+            console.progress("drawing", done, len(cells), "cells", before=before)
+        spent = time.monotonic() - began
+        there = folder.write_manifest()
     values = {"out": str(out), "cells": there, "drawn": len(missing), **folder.about,
               "seconds": round(spent, 3)}  # fmt: skip
     told = f"{len(missing):,} cells drawn, {there:,} in {out}."

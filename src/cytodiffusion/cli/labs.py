@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cytodiffusion.cli.benches import digest_of, percent
+from cytodiffusion.cli.benches import code_digest, digest_of, percent, tell_unread
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
@@ -45,17 +45,22 @@ class Lab:
         return {part: [s for s in self.samples if s.split == part] for part in ("train", "val")}
 
     def held(self, count: int | None, seed: int) -> Lab:
-        """The held-out cells; about `count` of them, as many of each class, where that is given."""
+        """Cells of `test`, or of `val` where there is no such split; `count`: about so many, balanced.
+
+        Of `val` a model was chosen and calibrated on, and baselines found their learning rate.
+        """
         import numpy as np
 
         from cytodiffusion.classify.fit import balanced_subset
         from cytodiffusion.errors import DataError
 
+        there = {sample.split for sample in self.samples}
+        part = "test" if "test" in there else "val"
         rows = np.array(
-            [i for i, sample in enumerate(self.samples) if sample.split == "val"], dtype=int
+            [i for i, sample in enumerate(self.samples) if sample.split == part], dtype=int
         )
         if not len(rows):
-            raise DataError(f"{self.name} has no cells in the split 'val', which are held out.")
+            raise DataError(f"{self.name} has no cells in a split 'test' or 'val' to be asked for.")
         if count is not None:
             rows = rows[np.sort(balanced_subset(np.array(self.truth)[rows], count, seed))]
         chosen = rows.tolist()
@@ -143,8 +148,9 @@ def _lab(
     answers: Sequence[str],
 ) -> Lab:  # fmt: skip
     """The cells that can be asked about, dealt into train and val where the set has no splits."""
+    from cytodiffusion.data.check import check
     from cytodiffusion.data.load import look_of
-    from cytodiffusion.data.mark import marked, refuse_marked
+    from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.split import split
     from cytodiffusion.errors import DataError
 
@@ -165,10 +171,17 @@ def _lab(
         )
     if all(sample.split is None for sample in kept):
         shares = {"train": 0.8, "val": 0.2}
-        rows = split(kept, shares, seed=bench.seed, synthetic=marked(kept)).rows
+        found = check(kept, pixels=False)
+        rows = split(
+            kept,
+            shares,
+            seed=bench.seed,
+            duplicates=found.duplicate_groups(),
+            synthetic=found.synthetic,
+        ).rows
         dealt = {row.name: row.split for row in rows}
         kept = [replace(sample, split=dealt[sample.name]) for sample in kept]
-    refuse_marked(sample for sample in kept if sample.split == "val")
+    refuse_marked(sample for sample in kept if sample.split in ("val", "test"))
     look, seen = look_of(kept)
     bench.console.note(
         f"{folder.name}: {len(kept)} cells; nucleus / frame {look.nucleus:.3f} ({seen} seen)."
@@ -334,6 +347,7 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
             preprocess,
             measurement.draws,
             model.engine,
+            code_digest(),
         )
         path = bench.out / "measured" / f"{model.name}-{lab.name}-{digest_of(about)}.npz"
         if not path.exists():
@@ -342,7 +356,7 @@ def measured(bench: Bench, model: Model, lab: Lab, step: Step) -> list[Measured]
             with writing_to(path.parent):
                 one.save(path)
         found.append(Measured.load(path))
-    bench.console.unread += len(truth) - len(found[0].truth)
+    tell_unread(lab.samples, found[0].digests, model.preprocess, bench.console)
     return found
 
 

@@ -117,15 +117,16 @@ def _steps(text: str) -> list[str]:
 
 
 def _rows_of(
-    method: str, told: dict[str, Told], answers: Sequence[str], seed: int
+    method: str, told: dict[str, Told], answers: Sequence[str], foreign: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each set, and one for the mean of those that are not home."""
-    from cytodiffusion.evaluate.shift import HOME, MEAN, mean_row, row
+    """A row for each set, and one for the mean of the foreign ones where all of them are there."""
+    from cytodiffusion.evaluate.shift import MEAN, mean_row, row
 
     head = {"method": method, "repeat": 0}
-    rows = [{**head, "set": name, **row(one, answers, seed)} for name, one in told.items()]
-    foreign = [one for name, one in told.items() if name != HOME]
-    return [*rows, {**head, "set": MEAN, **mean_row(foreign, seed)}] if foreign else rows
+    rows = [{**head, "set": name, **row(one, answers)} for name, one in told.items()]
+    if not set(foreign) <= set(told):
+        return rows
+    return [*rows, {**head, "set": MEAN, **mean_row([told[name] for name in foreign])}]
 
 
 def _step_rows(
@@ -140,7 +141,7 @@ def _step_rows(
     for name in names:
         fit = _learned_from(bench, ours, sets) if name == TRAINED else sets
         told = {where: ours_on(bench, ours, lab, STEPS[name]) for where, lab in fit.items()}
-        rows += _rows_of(f"{ours.name}, {name}", told, answers, bench.seed)
+        rows += _rows_of(f"{ours.name}, {name}", told, answers, [lab.name for lab in labs[1:]])
     return rows
 
 
@@ -171,17 +172,17 @@ def _baseline_rows(
     from cytodiffusion.evaluate.shift import FOR_BASELINES, STEPS, TRAINED
 
     found = make_baseline(bench, bench.out, labs[0].parts, answers, kind, minutes)
-    rows, sets = [], _sets(bench, labs, home)
+    rows, sets, foreign = [], _sets(bench, labs, home), [lab.name for lab in labs[1:]]
     for name in FOR_BASELINES:
         told = {where: ask(bench, found, lab, STEPS[name]) for where, lab in sets.items()}
-        rows += _rows_of(f"{kind}, {name}", told, answers, bench.seed)
+        rows += _rows_of(f"{kind}, {name}", told, answers, foreign)
     if TRAINED in names:
         step, told = STEPS[TRAINED], {}
         for where, lab in _learned_from(bench, ours, sets).items():
             rounds = read_rounds(adapted_to(bench, ours, lab, step))
             seconds = [each["seconds"] for each in rounds]
             told[where] = self_trained(bench, found, lab, step, seconds)
-        rows += _rows_of(f"{kind}, {TRAINED}", told, answers, bench.seed)
+        rows += _rows_of(f"{kind}, {TRAINED}", told, answers, foreign)
     return rows
 
 
@@ -207,9 +208,8 @@ def _left_out_rows(
             rival = make_baseline(one, folder, parts, answers, kind, minutes)
             method = f"{kind}, all sets but this, light + scale"
             told.setdefault(method, {})[left.name] = ask(one, rival, cells, STEPS["light + scale"])
-    return [
-        row for method, each in told.items() for row in _rows_of(method, each, answers, bench.seed)
-    ]
+    names = [lab.name for lab in labs]
+    return [row for method, each in told.items() for row in _rows_of(method, each, answers, names)]
 
 
 def _origin(ours: Any) -> dict[str, Any]:

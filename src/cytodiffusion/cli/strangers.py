@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cytodiffusion.cli.benches import digest_of, percent
+from cytodiffusion.cli.benches import code_digest, digest_of, percent
 from cytodiffusion.cli.console import Console, cores
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ def _measured(bench: Bench, ours: Model, name: str, cells: Cells) -> Measured:
     from cytodiffusion.files import writing_to
 
     pixels = hashlib.sha256(cells.pixels.tobytes()).hexdigest()
-    key = digest_of((ours.files_sha256, pixels, cells.digests, ours.engine))
+    key = digest_of((ours.files_sha256, pixels, cells.digests, ours.engine, code_digest()))
     path = bench.out / "measured" / f"{name.replace(' ', '-')}-{key}.npz"
     if path.exists():
         bench.console.note(f"{name}: measured before, see {path}.")

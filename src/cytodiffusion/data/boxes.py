@@ -116,8 +116,8 @@ def _coco_sample(
     name, source = find(pictures[entry["image_id"]])
     box = (x, y, x + width, y + height)
     cut = None if source is None else BoxCrop(source, box, margin)
-    name = to_text(f"{name}#{entry.get('id', number)}")
-    return Sample(name, to_text(labels[entry["category_id"]]), source=cut)
+    label = to_text(labels[entry["category_id"]])
+    return Sample(to_text(f"{name}#{entry.get('id', number)}"), label, slide=name, source=cut)
 
 
 def read_voc(tree: Tree, files: list[str], margin: float | None = None) -> list[Sample]:
@@ -133,7 +133,7 @@ def _voc_file(tree: Tree, file: str, margin: float | None) -> list[Sample]:
     for index, entry in enumerate(root.iter("object")):
         box = _voc_box(entry, f"{tree.where / file}")
         cut = None if source is None else BoxCrop(source, box, margin)
-        samples.append(Sample(f"{name}#{index}", entry.findtext("name"), source=cut))
+        samples.append(Sample(f"{name}#{index}", entry.findtext("name"), slide=name, source=cut))
     return samples
 
 

@@ -103,6 +103,10 @@ def decode(data: bytes) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except (UnreadableImage, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(
+            f"more than {MAX_PIXELS:,} pixels ({one_line(error)}); crop single cells first"
+        ) from error
     except UnidentifiedImageError as error:
         raise UnreadableImage("not an image in a known format") from error
     except Exception as error:  # a decoder of Pillow may raise anything

@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape, unescape
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cytodiffusion.data.sample import Sample
@@ -61,7 +61,7 @@ def read_mark(data: bytes) -> Mark | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             xmp = image.info.get("xmp") or image.info.get(KEYWORD, "")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError):
+    except Exception:  # what is no image has no mark; a decoder of Pillow may raise anything
         return None
     packet = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else str(xmp)
     if SOURCE not in packet:

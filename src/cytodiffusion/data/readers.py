@@ -151,8 +151,7 @@ def _class_folders(tree: Tree, files: Sequence[str]) -> list[Sample]:
 
     An image in no folder of a class has no label.
     """
-    tops = {name.partition("/")[0].lower() for name in files if "/" in name}
-    by_split = tops <= set(SPLITS)
+    by_split = _by_split(files)
     samples = []
     for name in files:
         folders = PurePosixPath(name).parts[:-1]
@@ -160,6 +159,18 @@ def _class_folders(tree: Tree, files: Sequence[str]) -> list[Sample]:
         label = next(iter(folders[1 if by_split else 0 :]), None)
         samples.append(Sample(name, label and label.strip(), split=split, source=tree.files[name]))
     return samples
+
+
+def _by_split(files: Iterable[str]) -> bool:
+    """Whether the first folders are named after splits. Raises DataError where other folders lie beside."""
+    tops = {name.partition("/")[0] for name in files if "/" in name}
+    splits = {top for top in tops if top.lower() in SPLITS}
+    if len(splits) > 1 and (others := tops - splits):
+        raise DataError(
+            f"Beside the folders {', '.join(sorted(splits))}, which are splits, lie others: "
+            f"{', '.join(sorted(others))}. Move these away, or deal the images with --splits."
+        )
+    return bool(tops) and splits == tops
 
 
 def _read_tables(tree: Tree, files: Sequence[str]) -> list[Sample]:
@@ -197,6 +208,9 @@ def _read_boxes(tree: Tree, files: Sequence[str], margin: float | None) -> list[
         notes = [name for name in xml if b"<annotation" in _bytes(tree.files[name], tree.where)]
         samples = read_voc(tree, notes, margin)
     _refuse_repeats([sample.name for sample in samples], tree.where)
+    if _by_split(sample.name for sample in samples):
+        splits = [SPLITS.get(sample.name.partition("/")[0].lower()) for sample in samples]
+        return [replace(sample, split=split) for sample, split in zip(samples, splits, strict=True)]
     return samples
 
 

@@ -47,7 +47,7 @@ class Split:
     """The rows, sorted by name; what kept images together; what a person should know."""
 
     rows: list[Row]
-    grouped_by: str | None  # 'patient', 'slide' or None
+    grouped_by: str | None  # 'patient', 'slide', 'patient and slide' or None
     notes: list[str]
 
     def __iter__(self) -> Iterator[Row]:
@@ -67,7 +67,8 @@ def split(
 ) -> Split:
     """Deal the samples to splits: by class, and never one patient or picture on two sides.
 
-    `group` 'auto' takes patients where any are named, else slides, else nothing. `duplicates` are
+    `group` 'auto' keeps images of one patient together and, where none is named, those of one slide, which
+    may be numbered anew for each patient. `duplicates` are
     groups of names to be kept together, such as `Report.duplicate_groups()`; names that are not
     among the samples are passed over. A class too small to reach every split is a note, no error.
     `synthetic` names images that may be trained on and nothing else: they go to `train`, after the
@@ -89,15 +90,15 @@ def split(
         )
     real = [sample for sample in samples if sample.name not in drawn]
     labels = _labels(real)
-    column = _column(real, group)
-    units = _units(real, column, duplicates)
+    columns = _columns(real, group)
+    units = _units(real, columns, duplicates)
     side = drawn | _deal(units, labels, fractions, seed)
     rows = [Row(name, label, side[name]) for name, label in every.items()]
     dealt = [row for row in rows if row.name not in drawn]
-    notes = [*_column_notes(real, column), *_class_notes(dealt, fractions, units)]
+    notes = [*_column_notes(real, columns), *_class_notes(dealt, fractions, units)]
     if drawn:
         notes.append(f"{len(drawn)} images are marked as synthetic: all of them are in train.")
-    return Split(rows, column, notes)
+    return Split(rows, " and ".join(columns) or None, notes)
 
 
 def check_fractions(fractions: Mapping[str, float]) -> None:
@@ -127,15 +128,18 @@ def _labels(samples: Sequence[Sample]) -> dict[str, str]:
     return labels
 
 
-def _column(samples: Sequence[Sample], group: Group | None) -> str | None:
+def _columns(samples: Sequence[Sample], group: Group | None) -> list[str]:
+    """What keeps images together, of what is named of any of them."""
     if group is None:
-        return None
+        return []
     wanted = ("patient", "slide") if group == "auto" else (group,)
+    found, rest = [], list(samples)
     for column in wanted:
-        if any(getattr(sample, column) for sample in samples):
-            return column
-    if group == "auto":
-        return None
+        if any(getattr(sample, column) for sample in rest):
+            found.append(column)
+        rest = [sample for sample in rest if not getattr(sample, column)]
+    if found or group == "auto":
+        return found
     raise DataError(
         f"The split is to keep each {group} on one side, but no image names its {group}. Add a "
         f"column `{group}` to the manifest, or split without groups."
@@ -143,17 +147,15 @@ def _column(samples: Sequence[Sample], group: Group | None) -> str | None:
 
 
 def _units(
-    samples: Sequence[Sample], column: str | None, duplicates: Iterable[Iterable[str]]
+    samples: Sequence[Sample], columns: Sequence[str], duplicates: Iterable[Iterable[str]]
 ) -> list[list[str]]:
     """Names that must stay together, directly or through others."""
     ties = [list(names) for names in duplicates]
-    if column is not None:
-        members: dict[str, list[str]] = {}
-        for sample in samples:
-            if value := getattr(sample, column):
-                members.setdefault(value, []).append(sample.name)
-        ties += members.values()
-    return connected([sample.name for sample in samples], ties)
+    members: dict[tuple[str, str], list[str]] = {}
+    for sample in samples:
+        if named := next((c for c in columns if getattr(sample, c)), None):
+            members.setdefault((named, getattr(sample, named)), []).append(sample.name)
+    return connected([sample.name for sample in samples], [*ties, *members.values()])
 
 
 def connected(names: Sequence[str], ties: Iterable[Sequence[str]]) -> list[list[str]]:
@@ -200,14 +202,16 @@ def _lot(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
 
 
-def _column_notes(samples: Sequence[Sample], column: str | None) -> list[str]:
-    if column is None:
+def _column_notes(samples: Sequence[Sample], columns: Sequence[str]) -> list[str]:
+    if not columns:
         return ["No patient or slide is named: images of one patient may be on both sides."]
-    bare = sum(1 for sample in samples if not getattr(sample, column))
-    values = {getattr(sample, column) for sample in samples} - {None, ""}
-    notes = [f"Each {column} is on one side only ({len(values)} in all)."]
-    if bare:
-        notes.append(f"{bare} images name no {column} and are dealt one by one.")
+    notes, rest = [], list(samples)
+    for column in columns:
+        if values := {getattr(sample, column) for sample in rest} - {None, ""}:
+            notes.append(f"Each {column} is on one side only ({len(values)} in all).")
+        rest = [sample for sample in rest if not getattr(sample, column)]
+    if rest:
+        notes.append(f"{len(rest)} images name no {' or '.join(columns)} and are dealt one by one.")
     return notes
 
 

@@ -37,7 +37,7 @@ from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.load import load_one
 from cytodiffusion.data.sample import Sample
 from cytodiffusion.errors import DataError
-from cytodiffusion.evaluate.intervals import bootstrap, percentiles, share
+from cytodiffusion.evaluate.intervals import balanced_interval, bootstrap, percentiles, share
 from cytodiffusion.evaluate.metrics import balanced_accuracy
 from cytodiffusion.evaluate.report import fill
 from cytodiffusion.evaluate.views import PaperView
@@ -171,7 +171,7 @@ def row(
         "name": name,
         "cells": n,
         "balanced_accuracy": balanced_accuracy(truth, answers),
-        "balanced_accuracy_ci95": _interval(truth, {"all": right}, seed),
+        "balanced_accuracy_ci95": list(balanced_interval(truth, right)),
         **share("accuracy", right),
         "passes_per_cell": mean,
         "cells_per_second": cells_per_second,
@@ -244,7 +244,7 @@ def compare(
     recall = {name: _balanced(ours.truth, hits) for name, hits in right.items()}
     return {
         "balanced_accuracy_gain": recall["ours"] - recall["theirs"],
-        "balanced_accuracy_gain_ci95": _interval(ours.truth, right, seed),
+        "balanced_accuracy_gain_ci95": _gain_interval(ours.truth, right, seed),
     }
 
 
@@ -252,12 +252,11 @@ def _balanced(truth: np.ndarray, right: np.ndarray) -> float:
     return float(np.mean([right[truth == k].mean() for k in np.unique(truth)]))
 
 
-def _interval(
+def _gain_interval(
     truth: Int[np.ndarray, " n"], right: dict[str, np.ndarray], seed: int
 ) -> list[float] | None:
-    """Of balanced accuracy; with two sets of answers, of the first less the second."""
-    first, *rest = right.values()
-    gain = first.astype(float) - (rest[0] if rest else 0)
+    """Of the balanced accuracy of ours less that of theirs, on the same cells."""
+    gain = right["ours"].astype(float) - right["theirs"]
     weight = 1 / np.bincount(truth)[truth] / len(np.unique(truth))
 
     def measure(samples: np.ndarray) -> np.ndarray:

@@ -4,6 +4,9 @@ A share of cells has an exact interval: with x successes in n (Clopper and Pears
 
     low = the 2.5 % point of Beta(x, n - x + 1),    high = the 97.5 % point of Beta(x + 1, n - x)
 
+A mean of shares, as balanced accuracy is one of recalls, has one made of these: the distances from the
+shares to the ends of their intervals, weighed, add up in squares (Zou and Donner 2008).
+
 Any other number is measured again on resamples of the cells (the stratified bootstrap, Efron and
 Tibshirani 1993), drawn within each class so that the mix of classes stays what it was; 2.5 % of
 what comes out lies below the interval and 2.5 % above.
@@ -18,7 +21,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import brentq
 from scipy.special import betaincinv
 
 from cytodiffusion.errors import DataError
@@ -39,6 +41,32 @@ def binomial_interval(successes: int, n: int, level: float = LEVEL) -> tuple[flo
     low = betaincinv(successes, n - successes + 1, tail) if successes > 0 else 0.0
     high = betaincinv(successes + 1, n - successes, 1 - tail) if successes < n else 1.0
     return float(low), float(high)
+
+
+def mean_interval(
+    successes: Int[np.ndarray, " k"],
+    n: Int[np.ndarray, " k"],
+    weights: Float[np.ndarray, " k"] | None = None,
+) -> tuple[float, float]:
+    """95 % interval of the mean of independent shares, all of n > 0; `weights` sum to 1.
+
+    Resamples of a class of one or three cells hardly differ, and would promise too much.
+    """
+    weights = np.full(len(n), 1 / len(n)) if weights is None else weights
+    ends = [binomial_interval(*pair) for pair in zip(successes.tolist(), n.tolist(), strict=True)]
+    shares, (low, high) = successes / n, np.array(ends).T
+    mean = float(weights @ shares)
+    below, above = (np.linalg.norm(weights * (shares - end)) for end in (low, high))
+    return max(0.0, mean - float(below)), min(1.0, mean + float(above))
+
+
+def balanced_interval(
+    truth: Int[np.ndarray, " n"], right: Bool[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """95 % interval of balanced accuracy: the mean of the recalls of the classes that there are."""
+    present = np.unique(truth)
+    counts = np.bincount(truth)[present]
+    return mean_interval(np.bincount(truth[right], minlength=truth.max() + 1)[present], counts)
 
 
 def share(name: str, happened: Bool[np.ndarray, " n"]) -> dict[str, Any]:
@@ -79,19 +107,3 @@ def percentiles(drawn: Float[np.ndarray, " draws"]) -> list[float] | None:
         return None
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)]
-
-
-def spotless(counts: Int[np.ndarray, " k"]) -> float:
-    """Lowest balanced accuracy at which no mistake at all is still seen with a chance of 2.5 %.
-
-    The resamples of a set without mistakes have none either, so they cannot tell. The mean of the
-    recalls r_k is lowest, with product of r_k^n_k = 2.5 %, at r_k = min(1, c n_k).
-    """
-    n, tail = counts[counts > 0], (1 - LEVEL) / 2
-    top = -np.log(n.min())
-
-    def excess(log_c: float) -> float:
-        return float((n * np.minimum(0, log_c + np.log(n))).sum() - np.log(tail))
-
-    log_c = brentq(excess, top + np.log(tail), top)
-    return float(np.minimum(1, np.exp(log_c) * n).mean())

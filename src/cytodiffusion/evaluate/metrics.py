@@ -26,10 +26,10 @@ from cytodiffusion.evaluate.intervals import (
     DRAWS,
     Measure,
     Sample,
+    balanced_interval,
     binomial_interval,
     bootstrap,
     percentiles,
-    spotless,
 )
 
 Truth: TypeAlias = Int[np.ndarray, " n"]
@@ -261,8 +261,7 @@ def summarise(
     for name, drawn in bootstrap(truth, measures, seed=seed, draws=draws).items():
         value = found[name] = _or_none(_value(measures[name], truth))
         found[f"{name}_ci95"] = percentiles(_centred(drawn, value) if name == "ece" else drawn)
-    if right.all():
-        found["balanced_accuracy_ci95"] = [spotless(np.bincount(truth)), 1.0]
+    found["balanced_accuracy_ci95"] = list(balanced_interval(truth, right))
     found |= _set_numbers(truth, sets)
     found["per_class"] = per_class(truth, probabilities, names, sets)
     counts = confusion(truth, probabilities).tolist()
