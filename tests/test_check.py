@@ -64,16 +64,6 @@ def test_the_same_bytes_and_the_same_pixels_are_exact() -> None:
     assert report.near == []
 
 
-def test_the_quick_stage_compares_bytes_only() -> None:
-    one = stored(picture(1))
-    samples = [sample("x", one), sample("y", one, "b"), sample("z", b"no image"), Sample("m", "a")]
-    report = check(samples, pixels=False)
-    assert report.exact == [["x", "y"]]
-    assert report.two_labels == [["x", "y"]]
-    assert report.unreadable == [("m", "the file is missing")]
-    assert report.sizes == {}
-
-
 def shifted(by: int) -> tuple[Image.Image, Image.Image]:
     wide = picture(1, 200)
     return wide.crop((0, 0, 180, 180)), wide.crop((by, 0, 180 + by, 180))
@@ -106,6 +96,18 @@ def test_near_copies_of_exact_copies_form_one_group() -> None:
     report = check([sample("x", one), sample("y", one), sample("z", near), sample("w", near)])
     assert report.duplicate_groups() == [["w", "x", "y", "z"]]
     assert len(report.near) == 1
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("turns", range(4))
+def test_turned_and_mirrored_copies_are_copies(turns: int, mirror: bool) -> None:
+    """As augmented sets have them; the network sees every cell in all eight poses."""
+    pixels = np.asarray(picture(1))
+    turned = np.rot90(pixels[:, ::-1] if mirror else pixels, turns)
+    images = {"whole": picture(1), "turned": Image.fromarray(turned.copy())}
+    images |= {f"other {i}": picture(i) for i in (2, 3, 4)}
+    report = check([sample(name, stored(image)) for name, image in images.items()])
+    assert report.duplicate_groups() == [["turned", "whole"]]
 
 
 def test_copies_in_different_splits_are_named() -> None:
@@ -197,7 +199,7 @@ def test_candidates_against_every_pair() -> None:
     hashes = rng.integers(0, 2**10, 300, dtype=np.uint64)
     found = {
         (int(i), int(j)): int(bits)
-        for left, right, distances in candidates(hashes, 2, block=64, batch=100)
+        for left, right, distances in candidates(hashes, hashes, 2, block=64, batch=100)
         for i, j, bits in zip(left, right, distances, strict=True)
     }
     expected = {
@@ -226,24 +228,13 @@ def test_correlation_is_pearsons_at_the_best_shift() -> None:
 
 
 @real
-def test_identical_files_of_pbc() -> None:
-    report = check(read_dataset(PBC, splits=PBC / "splits.csv"), pixels=False)
-    assert report.images == 14140
-    assert report.unreadable == []
+def test_the_copies_of_pbc() -> None:
+    """17 pairs of identical files, one cell cut out twice, and nothing else in any of eight poses."""
+    report = check(read_dataset(PBC, splits=PBC / "splits.csv"))
+    assert (report.images, report.unreadable) == (14140, [])
     assert len(report.exact) == 17
     assert {len(names) for names in report.exact} == {2}
     assert report.two_labels == [["eosinophil/EO_225902.webp", "neutrophil/BNE_191112.webp"]]
-    assert report.across_splits == []
-
-
-@real
-def test_the_shifted_copy_of_pbc() -> None:
-    samples = [
-        sample
-        for sample in read_dataset(PBC, splits=PBC / "splits.csv")
-        if sample.name.startswith(("eosinophil/EO_4", "eosinophil/EO_8"))
-    ]
-    report = check(samples)
     names = ("eosinophil/EO_464387.webp", "eosinophil/EO_800344.webp")
     assert [pair.names for pair in report.near] == [names]
     assert report.near[0].correlation > 0.99

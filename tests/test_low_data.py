@@ -116,7 +116,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(cells: Path, tmp_path: Path) -> World:
     labels, console = Taxonomy.load(), Console(False)
     settings = few.settings_of("tiny", [*CHANGES, "checkpoint_minutes=1e-9"])
-    found = few.list_cells(cells, None, "test", 0, labels)
+    found = few.list_cells(cells, None, "test", 0, labels, Console(False))
     train, test = (
         few.read_cells(part, "cells", CLASSES, settings.preprocess, margin, labels, console)
         for part, margin in zip(found, (1.5, 1.0), strict=True)

@@ -213,7 +213,7 @@ def test_the_split_that_train_makes_has_them_in_train_alone(tmp_path: Path, each
 
 def test_the_split_of_bench_low_data_has_them_in_train_alone(tmp_path: Path) -> None:
     source = with_marked(tmp_path / "in", each=8, drawn=20)
-    train, test = few.list_cells(source, None, "test", 0, Taxonomy.load())
+    train, test = few.list_cells(source, None, "test", 0, Taxonomy.load(), Console(False))
     assert sum("drawn" in sample.name for sample in train) == 20
     assert not [sample.name for sample in test if "drawn" in sample.name]
     assert len(test) == 6
@@ -227,7 +227,7 @@ def test_bench_low_data_refuses_a_split_that_tests_on_them(mixed: Path, tmp_path
     ]
     (tmp_path / "s.csv").write_text("path,label,split\n" + "".join(lines))
     with pytest.raises(DataError, match="marked as synthetic"):
-        few.list_cells(mixed, tmp_path / "s.csv", "test", 0, Taxonomy.load())
+        few.list_cells(mixed, tmp_path / "s.csv", "test", 0, Taxonomy.load(), Console(False))
 
 
 def test_a_picture_too_large_to_open_has_no_mark() -> None:

@@ -115,7 +115,7 @@ def augment(
     size = load(model, engine="torch").preprocess
     every = [(n, r) for n in counts for r in range(repeats)]
     places = folders(drawn, every)
-    train, test = _listed(source, splits, split, seed, names)
+    train, test = _listed(source, splits, split, seed, names, console)
     classes = class_names(train, names)
     name = _class(rare, classes, names)
     check_counts([name] * sum(sample.label == name for sample in train), counts)
@@ -177,13 +177,13 @@ def _class(rare: str, classes: tuple[str, ...], names: Taxonomy) -> str:
 
 
 def _listed(
-    source: Path, splits: Path | None, split: str, seed: int, names: Taxonomy
+    source: Path, splits: Path | None, split: str, seed: int, names: Taxonomy, console: Console
 ) -> tuple[list[Sample], list[Sample]]:
     """Real labelled cells to train on, and to test on. Raises DataError for drawn ones."""
     from cytodiffusion.cli.few import list_cells
     from cytodiffusion.data.mark import refuse_marked
 
-    train, test = list_cells(source, splits, split, seed, names)
+    train, test = list_cells(source, splits, split, seed, names, console)
     train = [sample for sample in train if sample.label is not None]
     refuse_marked(test)
     refuse_marked(train, "real cells")

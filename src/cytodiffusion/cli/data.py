@@ -21,6 +21,9 @@ Source = Annotated[Path, typer.Argument(metavar="DIR", help="Images, in any form
 @app.command()
 def check(
     source: Source,
+    splits: Annotated[
+        Path | None, typer.Option(help="CSV with path,label,split: are copies on two sides of it?")
+    ] = None,
     tiny: Annotated[int, typer.Option(help="A class with fewer images is reported.")] = 10,
     taxonomy: Labels = None,
     json: Json = False,
@@ -34,7 +37,7 @@ def check(
 
     console = Console(json)
     labels = Taxonomy.load(taxonomy)
-    samples = labels.respell(read_dataset(source))
+    samples = labels.respell(read_dataset(source, splits=splits))
     found = check_samples(
         samples,
         tiny=tiny,

@@ -133,7 +133,7 @@ def find_pretrained(
 
 
 def list_cells(
-    source: Path, splits: Path | None, split: str, seed: int, labels: Taxonomy,
+    source: Path, splits: Path | None, split: str, seed: int, labels: Taxonomy, console: Console,
     share: float = 0.2, classes: Sequence[str] | None = None,
 ) -> tuple[list[Sample], list[Sample]]:  # fmt: skip
     """Samples to train on (some without labels) and labelled ones to test on.
@@ -141,10 +141,9 @@ def list_cells(
     Of a set without splits, `share` is tested on. `classes`: the only ones that take part. Raises
     DataError, SettingsError.
     """
-    from cytodiffusion.data.check import check
+    from cytodiffusion.cli.train import deal
     from cytodiffusion.data.mark import refuse_marked
     from cytodiffusion.data.readers import read_dataset
-    from cytodiffusion.data.split import split as deal
     from cytodiffusion.errors import DataError, SettingsError
 
     if split == "train":
@@ -158,13 +157,7 @@ def list_cells(
         if none := set(classes) - set(named.values()):
             raise DataError(f"{source} has no cell of: {', '.join(sorted(none))}.")
     if known and all(sample.split is None for sample in known):
-        seen = check(known, pixels=False)
-        dealt = deal(
-            known, {"train": 1 - share, split: share}, seed=seed, duplicates=seen.duplicate_groups(),
-            synthetic=seen.synthetic,
-        )  # fmt: skip
-        side = {row.name: row.split for row in dealt}
-        known = [replace(sample, split=side[sample.name]) for sample in known]
+        known = deal(known, seed, console, {"train": 1 - share, split: share})
     train, test = ([s for s in known if s.split == name] for name in ("train", split))
     for name, found in (("train", train), (split, test)):
         if not found:

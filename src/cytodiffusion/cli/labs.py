@@ -148,10 +148,9 @@ def _lab(
     answers: Sequence[str],
 ) -> Lab:  # fmt: skip
     """The cells that can be asked about, dealt into train and val where the set has no splits."""
-    from cytodiffusion.data.check import check
+    from cytodiffusion.cli.train import deal
     from cytodiffusion.data.load import look_of
     from cytodiffusion.data.mark import refuse_marked
-    from cytodiffusion.data.split import split
     from cytodiffusion.errors import DataError
 
     kept = [
@@ -170,17 +169,7 @@ def _lab(
             f"({', '.join(sorted(others))})."
         )
     if all(sample.split is None for sample in kept):
-        shares = {"train": 0.8, "val": 0.2}
-        found = check(kept, pixels=False)
-        rows = split(
-            kept,
-            shares,
-            seed=bench.seed,
-            duplicates=found.duplicate_groups(),
-            synthetic=found.synthetic,
-        ).rows
-        dealt = {row.name: row.split for row in rows}
-        kept = [replace(sample, split=dealt[sample.name]) for sample in kept]
+        kept = deal(kept, bench.seed, bench.console, {"train": 0.8, "val": 0.2})
     refuse_marked(sample for sample in kept if sample.split in ("val", "test"))
     look, seen = look_of(kept)
     bench.console.note(

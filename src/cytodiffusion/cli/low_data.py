@@ -135,7 +135,7 @@ def low_data(
         start_digest(start)  # what can be wrong is said before anything is written
     pretrained = find_pretrained(baseline_from or [], kinds, start)
     only = [name.strip() for name in (classes or "").split(",") if name.strip()]
-    train, test = list_cells(source, splits, split, seed, names, share, only)
+    train, test = list_cells(source, splits, split, seed, names, console, share, only)
     if start is not None:
         settings = at_scale_of(start, with_look(settings, train, console), change or [], console)
     answers = class_names(train, names)

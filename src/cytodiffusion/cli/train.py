@@ -10,7 +10,7 @@ import typer
 from cytodiffusion.cli.console import NOTICE, Console, Device, Json, Labels, cores, pick_device
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -215,7 +215,9 @@ def split_samples(
         made = not path.exists()
         if made and (out / "settings.yaml").exists():
             raise DataError(f"{out} was begun with --splits. Give the same file to go on.")
-        labelled = _deal(labelled, seed) if made else _dealt(labelled, source, path, taxonomy)
+        labelled = (
+            deal(labelled, seed, console) if made else _dealt(labelled, source, path, taxonomy)
+        )
     parts = {name: [s for s in labelled if s.split == name] for name in ("train", "val")}
     named = Counter(sample.split or "none" for sample in labelled)
     said = ", ".join(f"{name} {count:,}" for name, count in named.items())
@@ -265,19 +267,32 @@ def _dealt(
     return again
 
 
-def _deal(labelled: Sequence[Sample], seed: int) -> list[Sample]:
-    """The samples with splits, in the order of a split file; none to test on where a class has few."""
+def deal(
+    labelled: Sequence[Sample],
+    seed: int,
+    console: Console,
+    shares: Mapping[str, float] | None = None,
+) -> list[Sample]:
+    """The samples with splits, in the order of a split file; copies of one picture on one side.
+
+    Without `shares` as usual: none to test on where a class has few.
+    """
     from collections import Counter
     from dataclasses import replace
 
     from cytodiffusion.data.check import check
     from cytodiffusion.data.split import FRACTIONS, split
 
-    found = check(labelled, pixels=False)
+    console.start()
+    found = check(
+        labelled,
+        progress=lambda done: console.progress("looking for copies", done, len(labelled), "images"),
+    )
     by_name = {sample.name: sample for sample in labelled}
-    real = (sample.label for sample in labelled if sample.name not in found.synthetic)
-    fewest = min(Counter(real).values(), default=0)
-    shares = {"train": 2 / 3, "val": 1 / 3} if fewest < FEW else FRACTIONS
+    if shares is None:
+        real = (sample.label for sample in labelled if sample.name not in found.synthetic)
+        fewest = min(Counter(real).values(), default=0)
+        shares = {"train": 2 / 3, "val": 1 / 3} if fewest < FEW else FRACTIONS
     rows = split(
         labelled, shares, seed=seed, duplicates=found.duplicate_groups(), synthetic=found.synthetic
     ).rows

@@ -1,16 +1,17 @@
 """What is wrong with a data set, before anyone trains on it.
 
 Exact duplicates have the same bytes, or the same pixels in different files. Near duplicates are one
-picture stored twice with other compression, size or brightness, or cut out with a shift of a few
-percent. They are found in two steps:
+picture stored twice with other compression, size or brightness, turned by quarters or mirrored, or cut
+out with a shift of a few percent. They are found in two steps, for each of the eight poses:
 
     candidates  the 64-bit dHash (is each of 8 x 8 grey patches brighter than the one left of
                 it?) differs in at most `max_bits` bits
     proof       the correlation of the 32 x 32 grey thumbnails, at the best shift of up to 2 of
-                their pixels, is at least `min_correlation`
+                their pixels, is at least `min_correlation`, for turned ones TURNED
 
 The hash alone would pair thousands of different cells. Among the 14,140 cells of PBC the proof
-leaves one pair, the same cell cut out with a shift, at 0.995; the next candidate reaches 0.88.
+leaves one pair, the same cell cut out with a shift, at 0.995; the next candidate that is not turned
+reaches 0.88.
 
 Source of dHash: N. Krawetz 2013, Kind of Like That, hackerfactor.com.
 """
@@ -21,7 +22,8 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ from cytodiffusion.errors import UnreadableImage
 
 MAX_BITS = 12  # of 64: re-encoding and resizing change up to 6, a shift of 2 % up to 12
 MIN_CORRELATION = 0.97  # re-encoded and resized copies reach 0.993
+TURNED = 0.985  # of turned copies at least: small round cells reach 0.979 (docs/log.md 57)
 TINY = 10  # images: a class with fewer cannot be split and measured
 SIDE = 32  # px of a thumbnail
 SHIFT = 2  # px of a thumbnail
@@ -47,8 +50,7 @@ class Look:
 
     sample: Sample
     reason: str | None = None
-    file_digest: str = ""  # sha256 of the bytes
-    pixel_digest: str = ""  # sha256 of size and RGB pixels; empty if not decoded
+    pixel_digest: str = ""  # sha256 of size and RGB pixels
     size: tuple[int, int] | None = None  # width, height in px
     mode: str = ""  # as stored: L, RGB, RGBA, P, ...
     thumbnail: np.ndarray | None = None  # uint8, (SIDE, SIDE), grey
@@ -148,37 +150,27 @@ def _counts(counts: dict[str, int], shown: int = 8) -> str:
 def check(
     samples: Iterable[Sample],
     *,
-    pixels: bool = True,
     tiny: int = TINY,
     max_bits: int = MAX_BITS,
     min_correlation: float = MIN_CORRELATION,
     progress: Callable[[int], None] | None = None,
 ) -> Report:
-    """Look at every image once and report. `progress` is told how many are done.
-
-    Without `pixels` nothing is decoded: only missing files, files with the same bytes and synthetic images
-    are found.
-    """
+    """Look at every image once and report. `progress` is told how many are done."""
     looks = []
-    for look in examine(samples, pixels=pixels):
+    for look in examine(samples):
         looks.append(look)
         if progress is not None:
             progress(len(looks))
     return summarise(looks, tiny=tiny, max_bits=max_bits, min_correlation=min_correlation)
 
 
-def examine(samples: Iterable[Sample], *, pixels: bool = True) -> Iterator[Look]:
+def examine(samples: Iterable[Sample]) -> Iterator[Look]:
     """Read and note the images one by one."""
     for sample in samples:
         try:
-            data = sample.read()
-            yield _look(sample, data) if pixels else _glance(sample, data)
+            yield _look(sample, sample.read())
         except UnreadableImage as error:
             yield Look(sample, reason=str(error))
-
-
-def _glance(sample: Sample, data: bytes) -> Look:
-    return Look(sample, file_digest=_sha256(data), synthetic=read_mark(data) is not None)
 
 
 def _look(sample: Sample, data: bytes) -> Look:
@@ -188,8 +180,9 @@ def _look(sample: Sample, data: bytes) -> Look:
     grey = image.convert("L")
     thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
     size = f"{image.width} {image.height} ".encode()
-    return replace(
-        _glance(sample, data),
+    return Look(
+        sample,
+        synthetic=read_mark(data) is not None,
         pixel_digest=_sha256(size + image.tobytes()),
         size=image.size,
         mode=mode,
@@ -218,7 +211,7 @@ def summarise(
 ) -> Report:
     """The report on images that were looked at."""
     read = sorted((look for look in looks if look.reason is None), key=lambda x: x.sample.name)
-    exact = _same([(look.pixel_digest or look.file_digest, look.sample.name) for look in read])
+    exact = _same([(look.pixel_digest, look.sample.name) for look in read])
     near = _near(read, max_bits, min_correlation)
     labels = {look.sample.name: look.sample.label for look in looks}
     splits = {look.sample.name: look.sample.split for look in looks}
@@ -259,33 +252,39 @@ def _is_blank(look: Look) -> bool:
 
 def _near(read: Sequence[Look], max_bits: int, min_correlation: float) -> list[Pair]:
     """Pairs of pictures that nearly agree. Exact copies count once, blank pictures not at all."""
-    first = {x.pixel_digest: x for x in reversed(read) if x.pixel_digest and not _is_blank(x)}
+    first = {x.pixel_digest: x for x in reversed(read) if not _is_blank(x)}
     looks = sorted(first.values(), key=lambda look: look.sample.name)
     if len(looks) < 2:
         return []
     hashes = np.array([look.bits for look in looks], dtype=np.uint64)
     thumbnails = np.stack([look.thumbnail for look in looks if look.thumbnail is not None])
-    pairs = []
-    for left, right, bits in candidates(hashes, max_bits):
-        similar = correlation(thumbnails[left], thumbnails[right])
-        for i in np.flatnonzero(similar >= min_correlation):
-            a, b = looks[left[i]].sample, looks[right[i]].sample
-            pairs.append(
-                Pair((a.name, b.name), (a.label, b.label), float(similar[i]), int(bits[i]))
-            )
-    return sorted(pairs, key=lambda pair: pair.names)
+    pairs = dict[tuple[str, str], Pair]()
+    for turns, mirror in product(range(4), (False, True)):
+        turned = np.rot90(thumbnails[:, :, ::-1] if mirror else thumbnails, turns, (1, 2))
+        others = hashes
+        if turns or mirror:
+            others = np.array([dhash(Image.fromarray(t)) for t in turned], dtype=np.uint64)
+        for left, right, bits in candidates(hashes, others, max_bits):
+            similar = correlation(thumbnails[left], turned[right])
+            least = max(min_correlation, TURNED) if turns or mirror else min_correlation
+            for i in np.flatnonzero(similar >= least):
+                a, b = looks[left[i]].sample, looks[right[i]].sample
+                pair = Pair((a.name, b.name), (a.label, b.label), float(similar[i]), int(bits[i]))
+                known = pairs.get(pair.names, pair)
+                pairs[pair.names] = max(known, pair, key=lambda each: each.correlation)
+    return [pairs[names] for names in sorted(pairs)]
 
 
 def candidates(
-    hashes: np.ndarray, max_bits: int, block: int = 256, batch: int = 4096
+    hashes: np.ndarray, others: np.ndarray, max_bits: int, block: int = 256, batch: int = 4096
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All pairs i < j whose hashes differ in at most max_bits, as (i, j, bits), in batches.
+    """All pairs i < j for which hash i and other hash j differ in at most max_bits, as (i, j, bits).
 
     Every pair is compared: n^2 / 2 popcounts, about a second for 20,000 images, in little memory.
     """
     for start in range(0, len(hashes), block):
         rows = hashes[start : start + block]
-        bits = np.bitwise_count(rows[:, None] ^ hashes[None, start:])
+        bits = np.bitwise_count(rows[:, None] ^ others[None, start:])
         left, right = np.nonzero(bits <= max_bits)
         keep = left < right
         left, right = left[keep], right[keep]
