@@ -8,10 +8,11 @@ from pathlib import Path
 
 import typer.main
 import yaml
+from pydantic.fields import FieldInfo
 from typer.testing import CliRunner
 
 from cytodiffusion.cli.main import app
-from cytodiffusion.train.settings import setting_names
+from cytodiffusion.train.settings import make_settings, setting_names
 
 PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# The command line
@@ -59,10 +60,20 @@ def _help(words: list[str]) -> str:
 def _settings() -> str:
     """The settings of `train`, from the fields' own descriptions."""
     rows = [
-        f"| `{name}` | {_as_yaml(field.get_default(call_default_factory=True))} | {field.description} |"
+        f"| `{name}` | {_as_yaml(_value(name, field))} | {field.description} |"
         for name, field in setting_names().items()
     ]
     return "\n".join([SETTINGS, *rows, ""])
+
+
+def _value(name: str, field: FieldInfo) -> object:
+    """Of a setting in the preset `cpu`, or what it is elsewhere where that has none."""
+    found: object = make_settings("cpu")
+    for part in name.split("."):
+        if found is None:
+            return field.get_default(call_default_factory=True)
+        found = getattr(found, part)
+    return found
 
 
 def _as_yaml(value: object) -> str:

@@ -55,7 +55,7 @@ def test_every_setting_has_its_line():
     assert sorted(name for name, *_ in rows) == sorted(wanted)
     assert "None" not in {told for *_, told in rows}
     values = {name: value for name, value, _ in rows}
-    assert (values["steps"], values["network.width"]) == ("17000", "48")
+    assert (values["steps"], values["network.width"]) == ("10000", "48")
 
 
 def test_readme_python_runs():

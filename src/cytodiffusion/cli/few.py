@@ -33,6 +33,7 @@ SHORT = (
     "steps=1000", "warmup=30", "ema=0.98", "cooldown=0.5", "checkpoint_minutes=0.5", "balance=1",
     "classification=10", "sigma_mean=-1.8", "sigma_std=0.9",
     "network.width=32", "network.multipliers=[1,2,2]", "network.blocks=1",
+    "augmentation.affine=0.5", "augmentation.far=0",
 )  # fmt: skip
 # Without labels there is nothing to name: all noise levels that drawing takes.
 UNNAMED = {"classification": 0.0, "balance": 0.0, "sigma_mean": -0.9, "sigma_std": 1.3}

@@ -68,7 +68,7 @@ class TrainSettings(BaseModel):
     preprocess: Preprocess = Preprocess()
     augmentation: Augmentation = Augmentation()
 
-    steps: int = Field(17_000, ge=1, description="optimiser steps")
+    steps: int = Field(10_000, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="images an optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts in which a batch is computed")
     balance: float = Field(0.5, ge=0, le=1, description="0: classes as often as they are; 1: equal")
@@ -141,6 +141,12 @@ WIDE_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.25, "light": 0.04, "far": 0.25, "blur": 0.2, "noise": 0.2,
 }  # fmt: skip
 
+# Learns to draw and to name at once: the first run of recipes/pbc8.py (docs/log.md 58).
+CPU: dict[str, Any] = {
+    "classification": 1.0, "sigma_mean": -1.2, "sigma_std": 1.4, "cooldown": 0.5,
+    "augmentation": {"affine": 0.7, "far": 0.25},
+}  # fmt: skip
+
 # For cells of other laboratories: better there, a little worse at home (docs/log.md 33, with AdamW).
 FAR_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.35, "light": 0.08, "far": 0.5, "blur": 0.3, "noise": 0.2,
@@ -167,8 +173,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup": 20,
         "ema": 0.99,
     },
-    "cpu": {},
-    "cpu-far": {"augmentation": FAR_AUGMENTATION},
+    "cpu": CPU,
+    "cpu-far": CPU | {"augmentation": FAR_AUGMENTATION},
     "fine-tune": FINE_TUNE,
     "gpu": GPU,
     "gpu-large": GPU | {"preprocess": {"size": 96}, "augmentation": WIDE_AUGMENTATION},
