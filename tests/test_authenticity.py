@@ -355,6 +355,14 @@ def test_the_weights_that_drew_are_named(prepared: Path, tmp_path: Path) -> None
     assert "drawn.json is no JSON" in score(alone, tmp_path / "again", path).complaint
 
 
+def test_answers_divided_by_semicolons(prepared: Path, tmp_path: Path) -> None:
+    path = write_answers(tmp_path / "anna.csv", all_right(prepared))
+    other = tmp_path / "other.csv"
+    other.write_text(path.read_text().replace(",", ";"))
+    same = [score(prepared, tmp_path / each.stem, each).json["pooled"] for each in (path, other)]
+    assert same[0] == same[1]
+
+
 def test_lines_that_are_no_answers_are_named_and_the_rest_is_done(
     prepared: Path, tmp_path: Path
 ) -> None:

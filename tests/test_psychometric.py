@@ -364,6 +364,20 @@ def test_bad_lines_are_named(tmp_path, columns, line, told):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("divider", [";", "\t"])
+def test_tables_of_other_programs(tmp_path, divider):
+    """As spreadsheets write them where the comma stands in numbers."""
+    rows = [["0.5", "1", "Ann"], ["0.9", "0", "Ann"]]
+    plain = write_csv(tmp_path / "plain.csv", "confidence,correct,reader", rows)
+    other = tmp_path / "other" / "plain.csv"
+    other.parent.mkdir()
+    other.write_text(plain.read_text().replace(",", divider))
+    (one,), (same,) = read_answers(plain), read_answers(other)
+    assert one.name == same.name
+    for name in ("confidence", "right"):
+        assert getattr(one.judged, name).tolist() == getattr(same.judged, name).tolist()
+
+
 def test_many_bad_lines_are_counted(tmp_path):
     path = write_csv(tmp_path / "x.csv", "confidence,correct", [["2", "1"]] * 9)
     with pytest.raises(DataError, match=r"line 6: .* and 4 more lines\. Mend"):

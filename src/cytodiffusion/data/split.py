@@ -266,13 +266,17 @@ def read_split(path: Path | str, known: Collection[str] = ()) -> list[Row]:
     return _rows(lines, path, known)
 
 
+def divider(text: str) -> str:
+    """What divides the columns of a CSV file: a comma, semicolon or tab, as its first line says."""
+    return max(",;\t", key=text.split("\n", 1)[0].count)
+
+
 def csv_lines(text: str) -> list[tuple[int, dict[str, str]]]:
     """Numbers and fields of the lines of a CSV file, the first of which names the columns.
 
     Commas, semicolons or tabs divide it; headings are in lower case, without spaces around them.
     """
-    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=divider(text), restval="")
     return [
         (number, {str(k).strip().lower(): v for k, v in line.items() if isinstance(v, str)})
         for number, line in enumerate(reader, start=2)

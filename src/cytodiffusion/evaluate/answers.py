@@ -10,6 +10,7 @@ the predictions.csv of `evaluate`, where an answer is right if `predicted` is th
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Real
 from scipy.special import xlog1py, xlogy
 
+from cytodiffusion.data.split import divider
 from cytodiffusion.errors import DataError
 from cytodiffusion.evaluate.metrics import ReliabilityBin, bin_edges, observed
 
@@ -157,9 +159,10 @@ def _lines(table: Path) -> tuple[list[str], list[tuple[int, Line]]]:
     """(columns, lines with their numbers)."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            columns = [name.strip() for name in next(reader, [])]
-            found = [(reader.line_num, fields) for fields in reader if fields]
+            text = file.read()
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=divider(text))
+        columns = [name.strip() for name in next(reader, [])]
+        found = [(reader.line_num, fields) for fields in reader if fields]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         told = getattr(error, "strerror", None) or error
         raise DataError(f"The table {table} cannot be read ({told}). {FORMS}") from error

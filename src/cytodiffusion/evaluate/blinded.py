@@ -33,6 +33,7 @@ from PIL import Image
 
 from cytodiffusion.data.images import Preprocess, decode
 from cytodiffusion.data.sample import Sample
+from cytodiffusion.data.split import divider
 from cytodiffusion.errors import DataError, UnreadableImage
 from cytodiffusion.evaluate.report import data_uri, fill
 
@@ -269,12 +270,14 @@ def _lines(path: Path, columns: Sequence[str], what: str) -> list[tuple[int, dic
     """Lines with their numbers. Raises DataError for what is no table, or lacks columns."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", restkey="")
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            lines = [
-                (reader.line_num, {name: line[name].strip() for name in columns})
-                for line in (() if missing else reader)
-            ]
+            text = file.read()
+        rows = io.StringIO(text, newline="")
+        reader = csv.DictReader(rows, delimiter=divider(text), restval="", restkey="")
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        lines = [
+            (reader.line_num, {name: line[name].strip() for name in columns})
+            for line in (() if missing else reader)
+        ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         told = getattr(error, "strerror", None) or error
         raise DataError(f"The {what} {path} cannot be read ({told}).") from error
