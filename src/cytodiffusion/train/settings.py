@@ -141,7 +141,7 @@ WIDE_AUGMENTATION: dict[str, Any] = {
     "affine": 0.7, "zoom": 0.25, "light": 0.04, "far": 0.25, "blur": 0.2, "noise": 0.2,
 }  # fmt: skip
 
-# Learns to draw and to name at once: the first run of recipes/pbc8.py (docs/log.md 58).
+# Learns to draw and to name at once: names nearly as pbc8 does after an hour of two cores (docs/log.md 58).
 CPU: dict[str, Any] = {
     "classification": 1.0, "sigma_mean": -1.2, "sigma_std": 1.4, "cooldown": 0.5,
     "augmentation": {"affine": 0.7, "far": 0.25},
