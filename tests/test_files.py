@@ -129,3 +129,20 @@ def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / "used" / "file").touch()
     assert not (tmp_path / "new").exists()
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()]
+)
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As some network drives have none: work is done all the same."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cytodiffusion.files.FileLock.acquire", refuse)
+    with alone(tmp_path):
+        (tmp_path / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

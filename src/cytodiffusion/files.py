@@ -7,6 +7,7 @@ dot: should the machine itself stop half-way, no reader takes what is left for a
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -93,6 +94,9 @@ def alone(folder: Path) -> Iterator[None]:
                 f"Another process is at work in {folder}. Wait until it is done, or choose another folder "
                 "with -o."
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+                raise
     try:
         yield
     finally:
