@@ -144,7 +144,7 @@ def _rows(model: Model, found: dict[str, Measured], seed: int) -> list[dict[str,
     rows = []
     for name, measured in found.items():
         measurement, budget = procedure(model.classifier, name)
-        told = row(measured, budget, name, measurement.together, seed)
+        told = row(measured, budget, name, measurement.together)
         told |= race_row(measured, budget, found.get("full"), full)
         if name != "paper" and "paper" in found:
             reference = procedure(model.classifier, "paper")[1]

@@ -155,9 +155,7 @@ def spent(measured: Measured, together: bool) -> float:
     return float(passes(measured.errors, together)[:, -1].mean())
 
 
-def row(
-    measured: Measured, budget: Budget, name: str, together: bool, seed: int = 0
-) -> dict[str, Any]:
+def row(measured: Measured, budget: Budget, name: str, together: bool) -> dict[str, Any]:
     """Accuracy, cost, and how the one grows with the other. `together`: all classes in one pass."""
     errors, truth = measured.errors, measured.truth
     every, n = passes(errors, together), len(truth)
