@@ -5,7 +5,8 @@ A share of cells has an exact interval: with x successes in n (Clopper and Pears
     low = the 2.5 % point of Beta(x, n - x + 1),    high = the 97.5 % point of Beta(x + 1, n - x)
 
 A mean of shares, as balanced accuracy is one of recalls, has one made of these: the distances from the
-shares to the ends of their intervals, weighed, add up in squares (Zou and Donner 2008, Statistics in Medicine 27, 1693).
+shares to the ends of their intervals, weighed, add up in squares (Zou and Donner 2008, Statistics in
+Medicine 27, 1693).
 
 Any other number is measured again on resamples of the cells (the stratified bootstrap, Efron and
 Tibshirani 1993), drawn within each class so that the mix of classes stays what it was; 2.5 % of
