@@ -326,6 +326,7 @@ def settings(start: Path, **changes) -> TrainSettings:
         "latent": LatentSettings(**latent), "preprocess": Preprocess(size=16, crop=1.0),
         "augmentation": STILL, "steps": 4, "batch": 6, "warmup": 0, "cooldown": 0.0, "ema": 0.9,
         "learning_rate": 1e-3, "label_dropout": 0.0, "checkpoint_minutes": 1000.0,
+        "optimizer": "adamw",
     }  # fmt: skip
     return TrainSettings(**small | changes)
 
@@ -1077,6 +1078,8 @@ def test_settings_of_the_other_kind_of_network_are_refused():
         make_settings("cpu", ["latent.cache=8"])
     with pytest.raises(SettingsError, match="preset cpu or gpu"):
         make_settings("paper-shift", ["network.width=64"])
+    with pytest.raises(SettingsError, match="optimizer=adamw"):
+        make_settings("paper-shift", ["optimizer=muon"])
     with pytest.raises(SettingsError, match=r"latent.disc"):
         make_settings("paper-shift", ["latent.disc=0.5"])  # no latent pixel lies within it
 

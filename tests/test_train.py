@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import write_discs
 from torch import nn
 
@@ -50,6 +51,7 @@ from cytodiffusion.train.settings import (
     TrainSettings,
     dump_settings,
     load_settings,
+    make_settings,
 )
 from cytodiffusion.types import UNLABELLED
 
@@ -540,6 +542,35 @@ def test_a_full_disk_is_an_output_error_and_leaves_the_last_checkpoint(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("network.multipliers=[0,1]", "greater than or equal to 1"),
+        ("network.multipliers=[-1,1]", "greater than or equal to 1"),
+        ("sigma_mean=.nan", "finite"),
+        ("learning_rate=.inf", "finite"),
+        ("augmentation.hue=.inf", "finite"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change, said):
+    with pytest.raises(SettingsError, match=said):
+        make_settings("tiny", [change])
+
+
+def test_settings_of_a_run_that_cannot_be_read_are_one_line(tmp_path):
+    (tmp_path / "settings.yaml").write_text("a: [")
+    with pytest.raises(SettingsError, match="cannot be read") as told:
+        load_settings(tmp_path / "settings.yaml")
+    assert "\n" not in str(told.value)
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_with_its_optimiser(tmp_path):
+    made = yaml.safe_load(dump_settings(make_settings("tiny", ["optimizer=adamw"])))
+    made.pop("optimizer")
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump(made))
+    assert load_settings(tmp_path / "settings.yaml").optimizer == "adamw"
 
 
 # --- beginning with the weights of another run -----------------------------------------------------

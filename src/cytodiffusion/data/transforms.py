@@ -47,7 +47,7 @@ FAR = 3  # a share of the images imitates laboratories that differ this much mor
 class Augmentation(BaseModel):
     """How far training images are moved and stained. Zero switches a change off."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     poses: bool = Field(True, description="a random one of the eight exact poses")
     affine: float = Field(0.5, ge=0, le=1, description="share of images turned, zoomed and shifted")
