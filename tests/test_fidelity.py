@@ -322,6 +322,7 @@ def test_a_model_of_another_size_measures_anew(
 def test_wrong_calls_write_nothing(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     for words, said in (
         (["--split", "nonsense"], "nonsense"),
+        (["--split", "train"], "both 'train'"),
         (["--features", tmp_path], "no network"),
         (["--baseline", tmp_path], "no baseline"),
     ):

@@ -105,12 +105,18 @@ def fidelity(
 
     from cytodiffusion.bundle import load
     from cytodiffusion.data.images import Preprocess
+    from cytodiffusion.errors import SettingsError
     from cytodiffusion.evaluate.baselines import BaselineSettings, library
     from cytodiffusion.evaluate.fidelity import matched, render
     from cytodiffusion.evaluate.report import write_page
 
     console = Console(json)
     library()  # a missing one is said now
+    if split == train_split:
+        raise SettingsError(
+            f"--split and --train-split are both '{split}': real cells to compare with are those that the "
+            "model was not trained on, val or test."
+        )
     loaded = load(model, pick_device(device), engine="torch")
     other = load_baseline(baseline, loaded) if baseline else None
     settings = BaselineSettings(minutes=None if steps else minutes, steps=steps, seed=seed)
@@ -365,7 +371,7 @@ def _lines(results: dict[str, Any]) -> list[str]:
         lines.append(f"{name:<30}{pair[0]:.4f}   real and real {pair[1]:.4f}")
     for where, row in results["copies"].items():
         lines.append(
-            f"nearer than usual, in {where:<8}{_share(row, 'nearer')}   expected {row['expected']:.4f}"
+            f"nearer than usual, in {where:<9}{_share(row, 'nearer')}   expected {row['expected']:.4f}"
         )
     return lines
 
