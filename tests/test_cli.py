@@ -42,6 +42,7 @@ from cytodiffusion.cli.main import app, main
 from cytodiffusion.data.load import look_of
 from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.sample import png
+from cytodiffusion.files import alone
 
 CPU = ("--device", "cpu")
 
@@ -1176,3 +1177,24 @@ def test_the_commit_is_that_of_this_project_alone(tmp_path, monkeypatch):
     assert len(head) == 12
     (package / "release.py").write_text("changed")
     assert release.commit() == f"{head}+"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[
+            f"bench {verb} cells"
+            for verb in ("anomaly", "cost", "explain", "low-data", "uncertainty")
+        ],
+        "bench augment cells drawn --class disc",
+        "bench fidelity drawn cells",
+        "bench shift --train cells",
+        "explain cells",
+    ],
+)
+def test_one_process_at_a_time(words: str, tmp_path: Path) -> None:
+    """Nothing is read, written or spoilt in a folder that another process is at work in."""
+    with alone(tmp_path / "out"):
+        result = cli(*words.split(), "-o", tmp_path / "out")
+        assert result.code == 2
+        assert "Another process is at work" in result.complaint

@@ -16,19 +16,20 @@ from cytodiffusion.cli import (
     shift,
     uncertainty,
 )
+from cytodiffusion.cli.console import one_at_a_time
 
 app = typer.Typer(
     help="The paper's experiments, against other procedures and against people.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.command("anomaly")(anomaly.anomaly)
-app.command("augment")(augment.augment)
+app.command("anomaly")(one_at_a_time(anomaly.anomaly))
+app.command("augment")(one_at_a_time(augment.augment))
 app.add_typer(authenticity.app, name="authenticity")
-app.command("cost")(cost.cost)
-app.command("explain")(faithful.faithful)
-app.command("fidelity")(fidelity.fidelity)
-app.command("low-data")(low_data.low_data)
+app.command("cost")(one_at_a_time(cost.cost))
+app.command("explain")(one_at_a_time(faithful.faithful))
+app.command("fidelity")(one_at_a_time(fidelity.fidelity))
+app.command("low-data")(one_at_a_time(low_data.low_data))
 app.command("report")(report.report)
-app.command("shift")(shift.shift)
-app.command("uncertainty")(uncertainty.uncertainty)
+app.command("shift")(one_at_a_time(shift.shift))
+app.command("uncertainty")(one_at_a_time(uncertainty.uncertainty))

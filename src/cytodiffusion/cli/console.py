@@ -12,7 +12,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -214,6 +215,19 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def one_at_a_time(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb that no two processes may be at with one OUT: what they write would be mixed."""
+
+    @wraps(verb)
+    def run(*args: Any, out: Path, **options: Any) -> None:
+        from cytodiffusion.files import alone
+
+        with alone(out):
+            verb(*args, out=out, **options)
+
+    return run
 
 
 def pick_device(name: str) -> str:

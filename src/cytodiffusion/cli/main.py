@@ -28,7 +28,7 @@ from cytodiffusion.cli import (
     predict,
     train,
 )
-from cytodiffusion.cli.console import NOTICE, plain
+from cytodiffusion.cli.console import NOTICE, one_at_a_time, plain
 from cytodiffusion.errors import CytoDiffusionError
 
 WrongCall: Any = typer.BadParameter.__base__  # UsageError of whichever click typer brings
@@ -48,7 +48,7 @@ app.command("adapt")(adapt.adapt)
 app.command("predict")(predict.predict)
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
-app.command("explain")(explain.explain)
+app.command("explain")(one_at_a_time(explain.explain))
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 app.command("doctor")(doctor.doctor)
