@@ -1188,7 +1188,7 @@ def test_the_commit_is_that_of_this_project_alone(tmp_path, monkeypatch):
         ],
         "bench augment cells drawn --class disc",
         "bench fidelity drawn cells",
-        "bench shift --train cells",
+        "bench shift --train cells --foreign others",
         "explain cells",
     ],
 )
