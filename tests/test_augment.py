@@ -88,6 +88,8 @@ def test_gains_are_taken_repeat_by_repeat() -> None:
     assert copies["balanced_accuracy"] == pytest.approx(0.075)
     means = {each["trained_on"]: each["recall"] for each in summary(rows)}
     assert means == pytest.approx({"real": 0.3, "drawn": 0.55, "copies": 0.4})
+    assert summary(rows)[0]["recall_ci95"][0] == 0  # a share is not below it; a difference may be
+    assert copies["recall_ci95"][0] == -1
 
 
 def test_a_row_by_hand() -> None:

@@ -383,7 +383,7 @@ def test_a_cache_that_cannot_be_written_is_no_matter(
 
 # --- export and verify ---------------------------------------------------------------------------
 
-ABOUT = About("discs", ("a", "b", "c"), 0.55, "Apache-2.0", "made up")
+ABOUT = About("discs", ("a", "b", "c"), "the centre square", "Apache-2.0", "made up")
 
 
 @cached
@@ -424,7 +424,7 @@ def test_export_round_trip(form: Form, tmp_path: Path) -> None:
         "0 a, 1 b, 2 c, 3 any cell",
         "Apache-2.0",
         "127.5",
-        "0.55",
+        "the centre square",
         "16 px",
         "not for diagnosis",
     ):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ import torch
 from helpers import CLASSES, cli, tiny_model, write_discs
 
 from cytodiffusion.bundle import ZOO, load
+from cytodiffusion.cli.benches import digest_of
+from cytodiffusion.cli.faithful import Work
+from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.errors import DataError, ModelError
 from cytodiffusion.evaluate.attributes import DIRECTIONS, Words, look, rank_agreement, regions
@@ -24,9 +28,12 @@ from cytodiffusion.evaluate.faithful import (
     curves,
     gains,
     grad_cam,
+    interval,
     joined,
     rivals,
 )
+from cytodiffusion.explain.counterfactual import Settings
+from cytodiffusion.files import write_json
 
 SIZE = 20
 RNG = np.random.default_rng(0)
@@ -294,6 +301,37 @@ def test_a_limit_and_an_unreadable_image(bundle: Path, tmp_path: Path) -> None:
                "--device", "cpu", "--limit", 3)  # fmt: skip
     assert told.code == 1
     assert told.json["cells"] == 4  # two of each class at the least
+
+
+def test_nothing_can_be_read(bundle: Path, tmp_path: Path) -> None:
+    for path in write_discs(tmp_path / "in", each=1).glob("*/*"):
+        path.write_bytes(b"no image")
+    told = cli("bench", "explain", tmp_path / "in", "-m", bundle, "-o", tmp_path / "out")
+    assert told.code == 2
+    assert "None of the images can be read" in told.complaint
+
+
+def test_what_was_measured_is_kept_by_image_and_words(
+    bundle: Path, cells: Path, words: Words, tmp_path: Path
+) -> None:
+    """A label that was corrected since is the one that counts; other words are another measurement."""
+    work = Work(load(bundle), Settings(), None, None, None)
+    sample = read_dataset(cells)[0]
+    path, told = work.cell(sample, 0, tmp_path)
+    assert path is not None
+    write_json(path, told, "what was measured")
+    kept, again = work.cell(sample, 1, tmp_path)
+    assert kept is None
+    assert again == told | {"label": 1}
+    stem = PurePosixPath(sample.name).stem
+    said = [Words({stem: {"granules": word}}, words.shares) for word in ("few", "many")]
+    keys = {digest_of((replace(work, words=w).key, replace(work, words=w).words_of(sample.name)))
+            for w in (None, *said)}  # fmt: skip
+    assert len(keys) == 3
+
+
+def test_no_value_has_no_interval() -> None:
+    assert interval(np.array([]), np.array([], int), 0) == {"mean": None, "ci95": None}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +296,19 @@ def test_the_bench(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert "independent classifier" not in given.err  # it is not trained anew
     assert given.json["agreement"] == found["agreement"]
     assert "that was trained before, on 42 images" in (tmp_path / "given/report.html").read_text()
+
+
+def test_corrected_labels_are_learned_anew(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    real = shutil.copytree(made[2], tmp_path / "real")
+    assert bench((*made[:2], real), tmp_path / "out").code == 0
+    one, other = (real / "train" / name for name in CLASSES[:2])
+    one.rename(tmp_path / "kept")
+    other.rename(one)
+    (tmp_path / "kept").rename(other)
+    again = bench((*made[:2], real), tmp_path / "out")
+    assert again.code == 0
+    assert "Independent classifier: trained before" not in again.err
+    assert len(list((tmp_path / "out" / "classifiers").iterdir())) == 2
 
 
 def test_a_model_of_another_size_measures_anew(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, Tiny, cli, contents, tiny_model
+from helpers import CLASSES, Tiny, cli, contents, tiny_model, write_discs
 
 from cytodiffusion.bundle import ZOO, Model, load, verify
 from cytodiffusion.data.images import decode
@@ -158,6 +159,17 @@ def test_cut_and_run_again(tiny: Tiny, out: Path, tmp_path: Path) -> None:
     assert told.json["cells"] == 9
     assert kept.stat().st_mtime_ns == before
     assert contents(folder) == contents(out)
+
+
+def test_an_image_that_was_not_drawn_is_not_listed(tiny: Tiny, out: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(out, tmp_path / "out")
+    write_discs(tmp_path / "real", each=1)
+    for foreign in (tmp_path / "real").glob("*/*.png"):
+        shutil.copy(foreign, folder / foreign.parent.name / "000077.png")
+    assert (folder / CLASSES[0] / "000077.png").exists()
+    told = cli("generate", "-m", tiny.bundle, *QUICK, "-o", folder, "--per-class", 3, "--json")
+    assert (told.json["drawn"], told.json["cells"]) == (0, 9)
+    assert manifest(folder) == manifest(out)
 
 
 def test_some_classes_from_a_seed_on(tiny: Tiny, out: Path, tmp_path: Path) -> None:

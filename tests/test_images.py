@@ -241,6 +241,16 @@ def ramp(width: int, height: int, step: int = 1) -> Image.Image:
     return Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
 
 
+def test_what_is_done_with_a_frame_is_said_whole():
+    plain = Preprocess(crop=0.5)
+    assert plain.describe() == "the centre square with a side of 0.5 times the image's shorter side"
+    light = plain.model_copy(update={"match": "light"}).describe()
+    assert "empty field becomes (254, 228, 203)" in light
+    assert light.endswith(plain.describe())
+    assert "nuclei" in plain.model_copy(update={"match": "stain"}).describe()
+    assert "around the cell" in plain.model_copy(update={"each": True}).describe()
+
+
 @pytest.mark.parametrize(("width", "height"), [(40, 40), (60, 40), (40, 72)])
 def test_the_crop_is_central_and_exact(width, height):
     """Side 20 of the shorter 40, at size 20: pixels as they are."""

@@ -231,11 +231,12 @@ class Folder:
     def write_manifest(self) -> int:
         """List what is there, sorted; returns how many cells that are."""
         labels = {Path(Cell(name, 0).path).parent.name: name for name in self.model.classes}
-        cells = sorted(
+        found = [
             Cell(labels[path.parent.name], int(path.stem))
             for path in self.path.glob("*/*.png")
             if path.stem.isdecimal() and path.parent.name in labels
-        )
+        ]
+        cells = sorted(cell for cell in found if self._there(cell))  # and no other image
         heading = ",".join(("path", "label", "seed", *self.about)) + "\n"
         write_file(self.path / MANIFEST, (heading + self._lines(cells)).encode(), "the manifest")
         return len(cells)

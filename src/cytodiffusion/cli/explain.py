@@ -367,7 +367,11 @@ def _line(row: Row) -> str:
     """One explanation for a terminal."""
     told = f"{row['path']}: {_said(row['predicted'], row['confidence'])}; to be {row['against']}: "
     start = row["flipped_from"]
-    told += f"named so from noise level {start:g}" if start else "not named so at any noise level"
+    told += (
+        f"named so at noise level {start:g} (the lowest)"
+        if start
+        else "not named so at any noise level"
+    )
     if row["faithful"]:
         gone = ", ".join(f"{name} {area['deletion']:.1f}" for name, area in row["faithful"].items())
         told += (

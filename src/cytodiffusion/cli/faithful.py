@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -107,6 +107,7 @@ def _measure(
 
     import torch
 
+    from cytodiffusion.errors import DataError
     from cytodiffusion.files import write_json, writing_to
 
     torch.set_num_threads(1)  # each of the workers has a core
@@ -125,6 +126,8 @@ def _measure(
             console.progress("measuring", done, len(samples), "cells", before=before)
     if before:
         console.note(f"{before:,} cells were measured before; see {out / 'measured'}.")
+    if not found:
+        raise DataError("None of the images can be read.")
     return found
 
 
@@ -142,7 +145,7 @@ class Work:
     def key(self) -> str:
         """What decides a measurement, apart from the image."""
         about = [KIND, self.model.files_sha256, self.settings, self.crop, self.model.engine]
-        about += [self.words is not None, self.baseline and self.baseline.trained]
+        about += [self.words and self.words.shares, self.baseline and self.baseline.trained]
         return digest_of(about)
 
     def cell(self, sample: Sample, label: int, out: Path) -> tuple[Path | None, Told]:
@@ -158,11 +161,12 @@ class Work:
         item = load_one(sample, preprocess)
         if item.pixels is None:
             return None, {"path": sample.name, "problem": item.problem}
-        path = out / "measured" / f"{item.sha256[:16]}-{self.key}.json"
-        if path.exists():
-            return None, json.loads(path.read_text())
-        image = to_tensor(item.pixels).to(self.model.classifier.device)
+        key = digest_of((self.key, self.words_of(sample.name)))
+        path = out / "measured" / f"{item.sha256[:16]}-{key}.json"
         told = {"path": sample.name, "sha256": item.sha256, "label": label}
+        if path.exists():  # what the cell is called may have changed since
+            return None, json.loads(path.read_text()) | told
+        image = to_tensor(item.pixels).to(self.model.classifier.device)
         return path, told | self.measure(image, item.sha256, sample.name)
 
     def measure(self, image: Any, digest: str, name: str) -> Told:
@@ -248,13 +252,15 @@ class Work:
         told = judge.probabilities([one.clip(-1, 1) for one in shown.values()])
         return dict(zip(shown, (told.argmax(1) == other).tolist(), strict=True))
 
+    def words_of(self, name: str) -> Mapping[str, str] | None:
+        """What pathologists say of a cell."""
+        return self.words.cells.get(PurePosixPath(name).stem) if self.words else None
+
     def look(self, clean: Any, maps: dict[int, Map], name: str) -> list[Told] | None:
         """What the maps to the classes that have words do, beside what the words say they should."""
-        from pathlib import PurePosixPath
-
         from cytodiffusion.evaluate.attributes import look
 
-        cell = self.words.cells.get(PurePosixPath(name).stem) if self.words else None
+        cell = self.words_of(name)
         if self.words is None or cell is None:
             return None
         names = self.model.classes.names

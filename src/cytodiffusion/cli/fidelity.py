@@ -141,12 +141,12 @@ def fidelity(
             "given": other is not None,
             **judge.trained,
         },
-        "agreement": _agreement(loaded, judge, forged, real),
+        "agreement": _agreement(loaded, judge, forged, both[1]),
     }
     results["real_or_drawn"] = _authentic(loaded, both, settings, out, device, console)
     extractor = extractor or judge.features
     name = {"trunk": f"trunk of {loaded.name}", "baseline": "the independent classifier's"}
-    told, near = _alike(both, training, extractor, seed)
+    told, near = _alike(both, training, extractor, loaded, seed)
     results["alike"] = {"features": name.get(features, features), **told}
     pixels = _nearest_pixels(both, training, console)
     results["copies"] = _copies({"pixels": pixels, "features": near})
@@ -240,7 +240,7 @@ def _independent(
     from cytodiffusion.files import writing_to
 
     names, device = model.classes.names, str(model.classifier.device)
-    key = digest_of((settings, model.preprocess, names, training.digests))
+    key = digest_of((settings, model.preprocess, names, training.digests, training.labels.tolist()))
     folder = out / "classifiers" / f"{settings.kind}-{key}"
     if (folder / "baseline.json").exists():
         console.note(f"Independent classifier: trained before, see {folder}.")
@@ -297,13 +297,14 @@ def _authentic(
 
 
 def _alike(
-    pair: tuple[Cells, Cells], training: Cells, extractor: Extractor, seed: int
+    pair: tuple[Cells, Cells], training: Cells, extractor: Extractor, model: Model, seed: int
 ) -> tuple[dict[str, Any], tuple[Nearest, Nearest]]:
     """Measures of both sets and of two real ones; nearest training cells of drawn and real cells."""
     from cytodiffusion.data.images import to_tensor
     from cytodiffusion.evaluate.fidelity import compare, matched, nearest_features
 
-    drawn, real, every = (extractor(to_tensor(c.pixels)) for c in (*pair, training))
+    device = model.classifier.device
+    drawn, real, every = (extractor(to_tensor(c.pixels).to(device)) for c in (*pair, training))
     spread = every.std(0) + 1e-9  # features differ in scale, and distances should not
     drawn, real, every = (each / spread for each in (drawn, real, every))
     rows, others = matched(pair[1].labels, training.labels, seed)

@@ -198,7 +198,7 @@ def export(
     loaded = load(model)
     texts = [(loaded.folder / name).read_text() for name in ("LICENSE", "data_license.txt")]
     license_, data = (text.strip().split("\n")[0].strip().rstrip(".") for text in texts)
-    about = About(loaded.name, loaded.classes.names, loaded.preprocess.crop, license_, data)
+    about = About(loaded.name, loaded.classes.names, loaded.preprocess.describe(), license_, data)
     worst = export_graph(out, loaded.denoiser, _vector_images(loaded.folder), about)
     tolerance = TOLERANCES["onnxruntime"]
     values = {"model": loaded.name, "out": str(out), "largest_difference": worst}

@@ -42,6 +42,21 @@ class Preprocess(BaseModel):
     each: bool = Field(False, description="centre each cell and bring it to the model's size")
     look: Look = Field(Look(), description="of the frames that the model was trained on")
 
+    def describe(self) -> str:
+        """What is done with a frame before it is resized, for programs that do it themselves."""
+        light = ", ".join(f"{value:g}" for value in self.look.light)
+        told = f"the centre square with a side of {self.crop:g} times the image's shorter side"
+        if self.each:
+            width = self.crop / self.look.cell
+            told = f"a square {width:.3g} cells wide around the cell (data/find.py); without one, {told}"
+        if self.match == "nothing":
+            return told
+        stain = " and nuclei the density of training" if self.match == "stain" else ""
+        return (
+            f"every colour of the frame scaled so that the empty field becomes ({light}){stain} "
+            f"(`matched` in data/look.py); then {told}"
+        )
+
     def canvas(self, image: Image.Image, margin: float = 1.0) -> UInt8[np.ndarray, "3 s s"]:
         """Centre crop, `margin` times as wide as the model's, at the model's pixels per cell.
 

@@ -47,8 +47,7 @@ little, so average them over noises and noise levels (see calibration.json of th
 
 {order}
 
-Preprocessing: the centre square with a side of {crop:g} times the image's shorter side, resized to
-{size} x {size} px.
+Preprocessing: {preprocessing}, resized to {size} x {size} px.
 
 `test_vectors.npz` has inputs under the names above, the outputs they must give, and the `tolerance`: the
 largest difference allowed, relative to the error, or to the largest feature.
@@ -64,7 +63,7 @@ class About:
 
     name: str
     classes: tuple[str, ...]
-    crop: float
+    preprocessing: str  # what is done with a frame before it is resized
     license: str
     data_license: str
 
@@ -113,7 +112,8 @@ def export(
 def _readme(network: ErrorNetwork, about: About) -> str:
     listed = ", ".join(f"{i} {name}" for i, name in enumerate((*about.classes, "any cell")))
     return README.format(
-        name=about.name, opset=OPSET, size=network.network.settings.size, crop=about.crop,
+        name=about.name, opset=OPSET, size=network.network.settings.size,
+        preprocessing=about.preprocessing,
         label="" if network.heads else LABEL, columns=len(about.classes) + 1 if network.heads else 1,
         width=network.network.settings.width,
         order=f"{'Columns' if network.heads else 'Labels'}: {listed}.",

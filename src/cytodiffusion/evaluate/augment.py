@@ -111,7 +111,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "labels": count, "classifier": kind, "trained_on": arm, "repeats": len(same),
-            **_means({name: [r[name] for r in same] for name in MEASURES}),
+            **_means({name: [r[name] for r in same] for name in MEASURES}, low=0.0),
             "steps": float(np.mean([r["steps"] for r in same])),
             "seconds": float(np.mean([r["seconds"] for r in same])),
         }
@@ -127,7 +127,7 @@ def gains(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "labels": count, "classifier": kind, "gain_of": first, "over": second,
             **_means({name: _less(_of(rows, count, kind, first), _of(rows, count, kind, second), name)
-                      for name in MEASURES}),
+                      for name in MEASURES}, low=-1.0),
         }
         for count, kind in _settings(rows)
         for first, second in PAIRS
@@ -152,14 +152,14 @@ def _less(
     return [None if a is None or b is None else a - b for a, b in pairs]
 
 
-def _means(values: dict[str, list[float | None]]) -> dict[str, Any]:
+def _means(values: dict[str, list[float | None]], low: float) -> dict[str, Any]:
     """Mean and interval of each; None where one of the repeats has no value."""
     told: dict[str, Any] = {}
     for name, each in values.items():
         known = [value for value in each if value is not None]
         whole = len(known) == len(each) > 0
         told[name] = float(np.mean(known)) if whole else None
-        told[f"{name}_ci95"] = interval(known) if whole else None
+        told[f"{name}_ci95"] = interval(known, low) if whole else None
     return told
 
 

@@ -169,6 +169,8 @@ def gains(
 def interval(
     values: Float[np.ndarray, " n"], classes: Int[np.ndarray, " n"], seed: int
 ) -> dict[str, Any]:
-    """Mean, and its 95 % interval over cells within classes."""
+    """Mean, and its 95 % interval over cells within classes; None of no values."""
+    if not len(values):
+        return {"mean": None, "ci95": None}
     drawn = bootstrap(classes, {"mean": lambda rows: values[rows].mean(1)}, seed=seed)["mean"]
     return {"mean": float(values.mean()), "ci95": percentiles(drawn)}
