@@ -199,13 +199,19 @@ def test_it_is_read_from_a_file_as_it_was(before: dict[str, Budget], count: int)
         np.testing.assert_allclose(one, other, atol=3.5 / (1 + FITTED))
 
 
+def old_model(classes: int, width: int) -> AnomalyModel:
+    """A model of home whose means and unit are not those of the batch."""
+    units = np.append(9.0, np.linspace(0, 9, 65))
+    return AnomalyModel(np.zeros((classes, width)), np.eye(width), units, 0.5)
+
+
 def test_the_unit_is_that_of_the_batch() -> None:
     """Two classes whose means lie elsewhere; the covariance stays, and the median is the usual one."""
     rng = np.random.default_rng(0)
     named = np.repeat([0, 1], 500)
     errors = np.exp(rng.normal(0, 0.3, (1000, 1, 3)) + 2 * named[:, None, None])
     sure = np.abs(np.eye(2)[named] - rng.uniform(0, 0.4, (1000, 1)))
-    old = AnomalyModel(np.zeros((3, 3)), np.eye(3), np.append(9.0, np.linspace(0, 9, 65)), 0.5)
+    old = old_model(classes=3, width=3)
     new = old.beside(Cells(errors, sure), usual=0.6)
     g = pattern(errors)
     np.testing.assert_allclose(new.means, [g[named == k].mean(0) for k in (0, 1)])
@@ -216,8 +222,21 @@ def test_the_unit_is_that_of_the_batch() -> None:
 
 def test_cells_that_are_all_alike_have_a_unit_too() -> None:
     errors, sure = np.ones((60, 1, 3)), np.tile([1.0, 0.0], (60, 1))
-    old = AnomalyModel(np.zeros((2, 3)), np.eye(3), np.append(9.0, np.linspace(0, 9, 65)), 0.5)
+    old = old_model(classes=2, width=3)
     assert np.isfinite(old.beside(Cells(errors, sure), usual=0.4).units).all()
+
+
+def test_the_unit_is_found_without_the_cell_itself() -> None:
+    """Ten cells are near means of their own; others from there would all seem strange beside them."""
+    rng = np.random.default_rng(0)
+
+    def cells(count: int) -> Cells:
+        sure = rng.uniform(0.5, 1, count)
+        return Cells(np.exp(rng.normal(size=(count, 40, 3))), np.stack([sure, 1 - sure], axis=1))
+
+    old, others = old_model(classes=2, width=120), cells(200)
+    told = [old.beside(cells(10), usual=0.6).anomaly(*others[:2]) for _ in range(40)]
+    assert np.mean([np.median(each) for each in told]) < 0.6  # .58; with the cell itself .62
 
 
 # --- what is done to every frame -----------------------------------------------------------------

@@ -153,6 +153,25 @@ def test_the_learning_rate_that_learns_is_taken() -> None:
         assert fit(settings, canvases, labels, **more)[1].trained["learning_rate"] == 2e-3
 
 
+def test_what_is_set_aside_is_trained_on_only_when_the_rate_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two learning rates are tried without it."""
+    seen, real = list[np.ndarray](), Training.fit
+
+    def spying(self: Training, rate: float, share: float, rows: np.ndarray) -> Generator:
+        seen.append(rows)
+        return (yield from real(self, rate, share, rows))
+
+    monkeypatch.setattr(Training, "fit", spying)
+    canvases, labels = discs(5)
+    settings = STEPS.model_copy(update={"learning_rates": (1e-3, 2e-3), "steps": 10, "probe": 0.2})
+    fit(settings, canvases, labels)
+    first, second, last = seen
+    assert not set(set_aside(labels, settings.seed)) & {*first, *second}
+    assert len(last) == len(labels)
+
+
 def test_a_time_on_the_processor_is_kept() -> None:
     settings = STEPS.model_copy(update={"steps": None, "minutes": 0.01})
     reports, found = fit(settings, *discs(4))

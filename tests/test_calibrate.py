@@ -25,7 +25,7 @@ from cytodiffusion.classify.calibrate import (
     nll,
     out_of_fold,
 )
-from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader
+from cytodiffusion.classify.classifier import Budget, Classifier, RaceReader, Reading
 from cytodiffusion.classify.conformal import lac_sets, threshold, thresholds
 from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
@@ -323,6 +323,15 @@ def test_p_value_by_hand():
     held = HeldOut(np.zeros(4, dtype=int), np.ones((4, 1)), np.array([0.1, 0.4, 0.4, 0.2]))
     found = held.p_value(np.array([0.05, 0.1, 0.3, 0.4, 0.5]))
     np.testing.assert_allclose(found, [1.0, 1.0, 3 / 5, 3 / 5, 1 / 5])
+
+
+def test_a_cell_as_strange_as_the_alarm_allows_is_flagged():
+    """One that is stranger than all of 99 held-out cells: its p-value is 1 / 100."""
+    held = HeldOut(np.zeros(99, dtype=int), np.ones((99, 1)), np.linspace(0, 0.8, 99))
+    anomaly, ones = np.array([0.9, 0.8]), np.ones(2)
+    reading = Reading(Classes(("a", "b")), np.eye(2), np.eye(2) > 0, anomaly, held.p_value(anomaly),
+                      np.ones(2, dtype=int), ones)  # fmt: skip
+    assert reading.flags == ["anomalous", "ok"]
 
 
 def test_stranger_cells_score_higher():

@@ -37,6 +37,7 @@ from typer.testing import CliRunner
 
 from cytodiffusion import __version__, release
 from cytodiffusion import bundle as bundles
+from cytodiffusion.classify.classifier import Classifier
 from cytodiffusion.cli.console import call_of
 from cytodiffusion.cli.main import app, main
 from cytodiffusion.data.load import look_of
@@ -686,6 +687,21 @@ def test_evaluate(tiny: Tiny, tmp_path: Path) -> None:
     assert (metrics["seed"], metrics["model"], metrics["passes_per_cell"]) == (3, "run", 8)
     assert set(metrics["per_class"]) == set(CLASSES)
     assert (tmp_path / "report.html").read_text().count("<html") == 1
+
+
+def test_evaluate_measures_the_sets_of_the_budget_that_was_asked_for(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, real = set[tuple[str, float]](), Classifier.limits
+
+    def spying(self: Classifier, budget: str, coverage: float, **more: Any) -> Any:
+        asked.add((budget, coverage))
+        return real(self, budget, coverage, **more)
+
+    monkeypatch.setattr(Classifier, "limits", spying)
+    told = evaluate(tiny, tiny.cells, tmp_path, "--budget", "fast")
+    assert told.code == 0, told.err
+    assert asked == {("fast", coverage) for coverage in (0.9, 0.95, 0.99)}
 
 
 def test_evaluate_again_says_the_same(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -338,6 +339,21 @@ def test_a_graph_is_made_once(
     other = EDMDenoiser(denoiser("heads").network, sigma_data=0.6)
     make_engine("onnxruntime", other)
     assert len(count_graphs) == 2  # another model: another graph
+
+
+@cached
+def test_weights_that_hardly_differ_have_a_graph_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_graphs: list[int]
+) -> None:
+    """As after a little fine-tuning: the kept graph would pass for theirs, within the tolerance."""
+    monkeypatch.setenv("CYTODIFFUSION_CACHE", str(tmp_path))
+    make_engine("onnxruntime", denoiser("heads"))
+    near = copy.deepcopy(denoiser("heads"))
+    for weight in near.parameters():
+        weight.mul_(1 + 1e-6)
+    make_engine("onnxruntime", near)
+    assert count_graphs == [1, 1]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @cached

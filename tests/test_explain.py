@@ -20,6 +20,7 @@ from cytodiffusion.explain.counterfactual import (
     VIEWS,
     Explanation,
     Settings,
+    _map,
     beyond_noise,
     explain,
     guesses,
@@ -166,6 +167,12 @@ def test_noise_is_not_shown():
     assert shown <= 11
 
 
+def test_noise_of_few_pairs_is_not_shown():
+    """Two pairs at each of two levels have two degrees of freedom, however many pixels there are."""
+    noise = np.random.default_rng(0).normal(size=(8, 3, 40, 40))
+    assert not _map(0 * noise, noise, Settings(levels=(0.4, 0.8), pairs=2)).shown.any()
+
+
 def test_a_finding_is_shown_and_most_of_what_is_shown_is_one():
     rng = np.random.default_rng(2)
     truth = np.zeros((32, 32))
@@ -223,6 +230,12 @@ def test_as_itself_the_difference_is_nothing_and_as_another_it_is_the_way_there(
 def test_any_cell_keeps_little_of_a_cell():
     first, second = (neutral(world(), NAMES, cell(seed), "a", 0) for seed in (0, 1))
     assert (first - second).abs().max() < 0.1 * (cell(0) - cell(1)).abs().max()
+
+
+def test_the_seed_decides_what_any_cell_looks_like():
+    first, again, other = (neutral(world(), NAMES, cell(), "a", seed) for seed in (0, 0, 1))
+    assert first.equal(again)
+    assert not first.equal(other)
 
 
 # --- explanations --------------------------------------------------------------------------------

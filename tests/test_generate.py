@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import CLASSES, Tiny, cli, contents, tiny_model, write_discs
 
+from cytodiffusion import synthesis
 from cytodiffusion.bundle import ZOO, Model, load, verify
 from cytodiffusion.data.images import decode
 from cytodiffusion.data.mark import Mark, read_mark
@@ -80,6 +81,16 @@ def test_noise_is_of_seed_class_and_step(model: Model) -> None:
     again = draw(model, CELLS[:1], Drawing(steps=4, churn=1.6))
     assert again.equal(moved)
     assert not torch.allclose(still, moved, atol=1e-3)
+
+
+def test_no_noise_serves_twice(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two cells of one seed: the start, three steps with churn, two looks."""
+    asked, real = list[tuple](), synthesis.standard_normal
+    monkeypatch.setattr(
+        synthesis, "standard_normal", lambda *given: asked.append(given) or real(*given)
+    )
+    draw(model, CELLS[:2], Drawing(steps=3, churn=1.0, looks=2))
+    assert len(asked) == len(set(asked)) == 2 * (1 + 3 + 2)
 
 
 def test_the_last_looks_are_a_mean_of_guesses(model: Model) -> None:

@@ -23,7 +23,7 @@ from cytodiffusion.data.load import look_of
 from cytodiffusion.data.look import Look, crop_for, matched, measure_look
 from cytodiffusion.data.match import Fit, fit_frames
 from cytodiffusion.data.readers import read_dataset
-from cytodiffusion.data.sample import FileBytes, Sample
+from cytodiffusion.data.sample import FileBytes, HeldBytes, Sample, png
 from cytodiffusion.data.stain import Stain, background, measure_stain, optical_density, restain
 from cytodiffusion.errors import DataError, SettingsError, UnreadableImage
 
@@ -155,6 +155,17 @@ def test_a_batch_at_another_scale_is_cropped_to_show_the_same() -> None:
     assert crop_for(0.5, here, there) == pytest.approx(0.75, rel=0.04)
     with pytest.raises(DataError, match="No white cell"):
         measure_look([Image.new("RGB", (150, 150), FIELD)])
+
+
+def test_the_look_is_that_of_frames_from_the_whole_batch() -> None:
+    """A batch whose nuclei grow from 30 px to 69 px, of which ten are looked at."""
+    sizes = range(30, 70)
+    batch = [
+        Sample(str(n), None, source=HeldBytes(png(np.asarray(frame(nucleus=n))))) for n in sizes
+    ]
+    look, seen = look_of(batch, 10)
+    assert seen == 10
+    assert look.nucleus * 200 == pytest.approx(np.median(sizes[::4]), abs=3)
 
 
 def test_frames_are_brought_to_one_light() -> None:

@@ -138,6 +138,14 @@ def test_no_cell_is_in_training_and_in_the_test(world: World) -> None:
     assert not set(world.test.digests) & set(world.train.digests)
 
 
+def test_unlabelled_cells_of_the_test_are_not_trained_on(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_discs(tmp_path / split, each=2)
+        (tmp_path / split / "eosinophil" / "01.png").rename(tmp_path / split / "bare.png")
+    train, _ = few.list_cells(tmp_path, None, "test", 0, Taxonomy.load(), Console(False))
+    assert [sample.name for sample in train if sample.label is None] == ["train/bare.png"]
+
+
 def test_a_cut_training_goes_on_and_says_the_same(world: World) -> None:
     job = Job(3, 1, Method("ours", True))
     whole = few.work(replace(world, out=world.out / "whole"), job)

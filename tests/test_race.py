@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from cytodiffusion.classify import fit
 from cytodiffusion.classify.draws import Draws, Trial
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.measure import Measurement
@@ -274,6 +275,18 @@ def test_a_race_between_classes_that_are_far_apart(together):
     assert (last_standing(errors, paper_weight(draws.sigmas)).argmin(1) == truth.numpy()).all()
     assert passes.min() >= 21 * classes
     assert passes.max() < 60 * classes
+
+
+def test_held_out_cells_are_judged_by_the_temperature_of_the_others(monkeypatch):
+    """Whatever their own names are, their probabilities stay."""
+    rng = np.random.default_rng(0)
+    errors, race = 1 + 0.1 * rng.random((40, 21, 4)), PaperRace(paper_draws(21))
+    halves = np.split(np.arange(40), 2)
+    monkeypatch.setattr(fit, "folds", lambda *_: [halves, halves[::-1]])
+    truth = rng.integers(0, 3, 40)
+    other = np.append(truth[:20], errors[20:, :, :3].mean(1).argmin(1))
+    told = [fit.fit_race(errors, each, race).held.probabilities[20:] for each in (truth, other)]
+    np.testing.assert_array_equal(*told)
 
 
 def test_a_race_between_equals_goes_on_to_the_end():

@@ -298,6 +298,13 @@ def test_parquet_of_bytes(tmp_path: Path) -> None:
         assert [s.read() for s in reversed(samples)] == BLOBS[::-1]
 
 
+def test_a_parquet_file_that_was_changed_is_read_anew(tmp_path: Path) -> None:
+    for time, blob in enumerate(BLOBS[:2]):
+        path = write_parquet(tmp_path / "cells.parquet", {"image": [blob]})
+        os.utime(path, (time, time))
+        assert read_dataset(path)[0].read() == blob
+
+
 def test_splits_of_tables_have_our_words(tmp_path: Path) -> None:
     words = ["train", "validation", "Test", "valid", None]
     path = write_parquet(tmp_path / "cells.parquet", {"image": BLOBS, "split": words})

@@ -162,6 +162,15 @@ def test_the_bound_holds_on_new_cells():
     assert stats.binom.cdf(kept, 100, 0.95) > 0.01
 
 
+def test_a_threshold_whose_stricter_ones_are_not_allowed_is_not_taken():
+    """40 of 300 are right after one trial, wrong and surer after two: a lax rule stops them in time."""
+    chance = np.tile([0.51, 0.51, 0.9], (300, 1))
+    chance[:40, :2] = [0.8, 0.05]
+    calm = np.zeros((300, 3), dtype=bool)
+    rule, _ = learn_threshold(gaps(chance), calm, (PLAIN,) * 3, Rule(), 0.05)
+    assert rule.threshold > 0.9
+
+
 def test_too_few_cells_allow_no_early_stop():
     """With 20 cells even no disagreement at all leaves a bound of 14 %."""
     rule, said = learn_threshold(*exits(20, 0), Rule(), 0.02)
@@ -249,6 +258,16 @@ def test_held_out_cells_are_judged_without_themselves(budgets):
     assert len(held.truth) == len(held.anomaly) == 1200
     assert judged.mean() == pytest.approx(new.mean(), abs=0.04)
     np.testing.assert_allclose(held.prior, 1 / 3)
+
+
+def test_held_out_cells_are_as_strange_as_where_they_stopped(budgets):
+    """Many of `fast` after one trial; those of `full` after all."""
+    images, truth, names = cells(400, 2)
+    errors = measured(images, names)[:, :1]
+    first = fit_sequence(DRAWS.first(1), Seen(errors), truth)["full"].held.anomaly
+    fast, full = ((budgets[name].held.anomaly == first).mean() for name in ("fast", "full"))
+    assert fast > 0.2
+    assert full < 0.05
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,9 +22,10 @@ from cytodiffusion.classify.draws import stratified
 from cytodiffusion.classify.evidence import DenoiserMeter
 from cytodiffusion.classify.measure import Measurement
 from cytodiffusion.cli.console import Console
-from cytodiffusion.cli.train import at_scale_of, first_weights, settings_from, split_samples
+from cytodiffusion.cli.train import at_scale_of, deal, first_weights, settings_from, split_samples
 from cytodiffusion.data.images import Preprocess, to_tensor
 from cytodiffusion.data.look import Look
+from cytodiffusion.data.readers import read_dataset
 from cytodiffusion.data.taxonomy import Taxonomy
 from cytodiffusion.data.transforms import POSES
 from cytodiffusion.errors import ModelError, OutputError, SettingsError
@@ -139,6 +141,17 @@ def test_losses_reported_are_means_since_the_last_report(tmp_path):
     assert [p.images for p in grouped] == [24, 16]
     found = [p.losses["total"] for p in grouped]
     assert found == pytest.approx([np.mean(single[:3]), np.mean(single[3:])])
+
+
+def test_a_gradient_is_cut_to_the_largest_norm(tmp_path):
+    norms = []
+    for clip in (1e-12, 1e12):
+        chosen = settings(steps=2, clip=clip, optimizer="adamw")
+        go(tmp_path / str(clip), chosen)
+        kept = state(tmp_path / str(clip))[0]["optimizer"]
+        means = [value for name, value in kept.items() if name.endswith("exp_avg")]
+        norms.append(sum(mean.square().sum() for mean in means).sqrt())
+    assert norms[0] < 1e-11 < norms[1]
 
 
 def test_the_best_weights_are_those_of_the_lowest_validation_nll(tmp_path):
@@ -670,6 +683,24 @@ def test_of_few_cells_a_third_is_held_out_and_none_left_to_test_on(tmp_path):
     source = write_discs(tmp_path / "cells", each=9)
     parts = split_samples(source, None, tmp_path, 0, Taxonomy.load(), Console(False))
     assert {name: len(found) for name, found in parts.items()} == {"train": 18, "val": 9, "test": 0}
+
+
+def test_copies_of_a_picture_are_dealt_to_one_side(tmp_path):
+    source = write_discs(tmp_path, each=12)
+    for path in sorted(source.glob("*/*.png")):
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    dealt = {s.name: s.split for s in deal(read_dataset(source), 0, Console(False))}
+    assert len(dealt) == 72
+    assert all(dealt[name] == dealt[name.replace("copy-", "")] for name in dealt)
+    assert len(set(dealt.values())) > 1
+
+
+def test_unlabelled_cells_of_val_and_test_are_not_trained_on(tmp_path):
+    for split in ("train", "val", "test"):
+        write_discs(tmp_path / split, each=3)
+        (tmp_path / split / "eosinophil" / "02.png").rename(tmp_path / split / "bare.png")
+    parts = split_samples(tmp_path, None, tmp_path / "out", 0, Taxonomy.load(), Console(False))
+    assert [s.name for s in parts["train"] if s.label is None] == ["train/bare.png"]
 
 
 @pytest.mark.parametrize("name", [path.parent.name for path in ZOO.glob("*/config.json")])

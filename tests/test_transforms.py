@@ -9,6 +9,7 @@ from cytodiffusion.data.transforms import (
     HED,
     POSES,
     Augmentation,
+    _moves,
     augment,
     blur,
     camera_noise,
@@ -90,6 +91,13 @@ def test_a_shift_by_whole_pixels_moves_the_crop():
     move = torch.tensor([[[1.0, 0, 2 / 8], [0, 1, -4 / 8]]])
     found = resample(canvas, 8, move)
     torch.testing.assert_close(found, canvas[:, :, 0:8, 3:11], atol=1e-5, rtol=0)
+
+
+def test_a_shift_is_a_share_of_the_side():
+    """A side is 2 in affine units; the largest of many shifts is near the largest allowed."""
+    settings = NOTHING.model_copy(update={"affine": 1.0, "shift": 0.1})
+    shifts = _moves(2000, settings, seed())[:, :, 2]
+    assert shifts.abs().max().item() == pytest.approx(2 * 0.1, rel=0.01)
 
 
 def test_what_lies_beyond_the_canvas_repeats_its_edge():

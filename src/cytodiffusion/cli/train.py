@@ -236,7 +236,9 @@ def split_samples(
     if made:
         console.note("No split was given: made one (see splits.csv in the run folder).")
         write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
-    unlabelled = [replace(s, split="train") for s in samples if s.label is None]
+    unlabelled = [
+        replace(s, split="train") for s in samples if s.label is None and s.split in (None, "train")
+    ]
     test = [sample for sample in labelled if sample.split == "test"]
     return {"train": [*parts["train"], *unlabelled], "val": parts["val"], "test": test}
 
