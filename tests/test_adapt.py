@@ -201,7 +201,7 @@ def test_it_is_read_from_a_file_as_it_was(before: dict[str, Budget], count: int)
 
 def old_model(classes: int, width: int) -> AnomalyModel:
     """A model of home whose means and unit are not those of the batch."""
-    units = np.append(9.0, np.linspace(0, 9, 65))
+    units = np.append([9.0, 9.0], np.linspace(0, 9, 65))
     return AnomalyModel(np.zeros((classes, width)), np.eye(width), units, 0.5)
 
 

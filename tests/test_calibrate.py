@@ -13,7 +13,14 @@ from scipy import stats
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
-from cytodiffusion.classify.anomaly import Cells, doubt, fit_anomaly, pattern, squash
+from cytodiffusion.classify.anomaly import (
+    Cells,
+    distances,
+    doubt,
+    fit_anomaly,
+    pattern,
+    squash,
+)
 from cytodiffusion.classify.as_json import calibration_from_json, calibration_to_json
 from cytodiffusion.classify.calibrate import (
     HeldOut,
@@ -354,14 +361,41 @@ def test_errors_of_an_unheard_of_size_are_strange(size):
 
 
 def test_doubt_counts_by_its_rank():
-    """A cell at the mean of its class has a1 = 0, so that s is the share of cells with less doubt."""
+    """A cell at the mean of its class has no distance, so that s is the share of cells with less doubt."""
     errors, truth, probabilities = table(300, 1)
     model, _ = fit_anomaly(Cells(errors, probabilities), truth)
-    middle = squash(np.zeros(300), doubt(probabilities), model.units)
+    middle = squash(np.zeros((2, 300)), doubt(probabilities), model.units)
     rank = stats.rankdata(doubt(probabilities)) / 300
     np.testing.assert_allclose(middle / (1 - middle), rank, atol=0.02)
-    beyond = squash(np.array([0.0, 2 * model.units[0]]), np.array([50.0, 0.0]), model.units)
-    np.testing.assert_allclose(beyond, [0.5, 0.8], atol=0.01)  # s = 1 and 2^2
+    near = np.diag([1.0, 2.0, 3.0])[:2] * model.units[:2, None]  # one unit off, two within, nothing
+    beyond = squash(near, np.array([0.0, 0.0, 50.0]), model.units)
+    np.testing.assert_allclose(beyond, [0.5, 0.8, 0.5], atol=0.01)  # s = 1, 2^2 and 1
+    far = squash(2 * near, np.zeros(3), model.units)
+    np.testing.assert_allclose(far, [16 / 17, 16 / 17, 0], atol=0.01)  # 2^4, 4^2 and 0
+
+
+def test_the_distance_has_two_parts():
+    """Means on the x axis: y is off the line through them, whatever the class."""
+    means, precision = np.array([[0.0, 1.0], [4.0, 1.0]]), np.diag([1.0, 4.0])
+    g = np.array([[1.0, 1.0], [3.5, 3.0], [-2.0, 0.0]])
+    off, within = distances(g, means, precision)
+    np.testing.assert_allclose(off, [0, 4, 2], atol=1e-6)
+    np.testing.assert_allclose(within, [1, 0.5, 2])
+    (off, within) = distances(g, means[:1], precision)  # one mean: there is no line
+    np.testing.assert_allclose(within, 0, atol=1e-6)
+    np.testing.assert_allclose(off, np.hypot(g[:, 0], 2 * (g[:, 1] - 1)))
+
+
+def test_both_parts_make_the_mahalanobis_distance():
+    rng = np.random.default_rng(0)
+    means, g, spread = (rng.normal(size=(n, 9)) for n in (4, 30, 12))
+    precision = spread.T @ spread
+    gaps = g[:, None] - means
+    whole = np.sqrt(np.einsum("mkf,fg,mkg->mk", gaps, precision, gaps).min(1))
+    found = distances(g, means, precision)
+    np.testing.assert_allclose(np.hypot(*found), whole)
+    for i in range(3):
+        np.testing.assert_array_equal(distances(g[i : i + 1], means, precision)[:, 0], found[:, i])
 
 
 def test_pattern_by_hand():

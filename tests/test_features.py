@@ -287,11 +287,12 @@ def test_every_class_has_a_mean_of_its_own_features() -> None:
     model, _ = fit_anomaly(Cells(errors, probabilities, features), truth)
     want = np.stack([features[truth == k].mean(0) for k in range(K)])
     np.testing.assert_allclose(model.means[:, -2:], want, rtol=1e-5)
-    own = model.distance(errors, want[truth].astype(np.float32))
-    middle = model.distance(errors, np.zeros_like(features))
-    assert np.median(middle) > 2 * np.median(own)
+    own = model.distances(errors, want[truth].astype(np.float32))
+    middle = model.distances(errors, np.zeros_like(features))
+    assert np.median(np.hypot(*middle)) > 2 * np.median(np.hypot(*own))
     other = want[(truth + 1) % K].astype(np.float32)  # the features of another class, as strange
-    assert np.median(model.distance(errors, other)) > 1.5 * np.median(own)
+    strange = model.distances(errors, other)
+    assert np.median(np.hypot(*strange)) > 1.5 * np.median(np.hypot(*own))
 
 
 def test_a_stranger_that_the_features_alone_see() -> None:
@@ -312,17 +313,18 @@ def test_held_out_scores_are_of_fits_without_the_cell() -> None:
     errors, truth, probabilities, features = known(60, 3)
     features[7] += 40
     _, scores = fit_anomaly(Cells(errors, probabilities, features), truth)
-    a1 = np.zeros(60)
+    near = np.zeros((2, 60))
     for fit, held in folds(truth, K):
         part, _ = fit_anomaly(Cells(errors[fit], probabilities[fit], features[fit]), truth[fit])
-        a1[held] = part.distance(errors[held], features[held])
+        near[:, held] = part.distances(errors[held], features[held])
     units = np.append(
-        np.quantile(a1, 0.95), np.quantile(doubt(probabilities), np.linspace(0, 1, 65))
+        np.quantile(near, 0.95, axis=1), np.quantile(doubt(probabilities), np.linspace(0, 1, 65))
     )
-    np.testing.assert_allclose(scores, squash(a1, doubt(probabilities), units), rtol=1e-9)
+    np.testing.assert_allclose(scores, squash(near, doubt(probabilities), units), rtol=1e-9)
     assert scores.argmax() == 7
     whole, _ = fit_anomaly(Cells(errors, probabilities, features), truth)
-    assert a1[7] > 3 * whole.distance(errors[7:8], features[7:8])[0]
+    own = np.hypot(*whole.distances(errors[7:8], features[7:8]))
+    assert np.hypot(*near[:, 7]) > 3 * own[0]
 
 
 def test_a_model_with_features_says_what_a_table_lacks() -> None:
@@ -330,7 +332,7 @@ def test_a_model_with_features_says_what_a_table_lacks() -> None:
     model, _ = fit_anomaly(Cells(errors, probabilities, features), truth)
     for lacking in (None, np.zeros((60, 0), dtype=np.float32)):
         with pytest.raises(DataError, match="without the network's features") as told:
-            model.distance(errors, lacking)
+            model.distances(errors, lacking)
         assert "\n" not in str(told.value)
 
 

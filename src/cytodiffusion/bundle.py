@@ -47,7 +47,7 @@ from cytodiffusion.networks.compact import CompactNetwork, CompactSettings
 from cytodiffusion.networks.latent import LATENT, LatentNetwork, LatentShape, LatentSpace
 from cytodiffusion.types import PIXELS, Classes, Space
 
-FORMAT = 6
+FORMAT = 7
 SAME_WEIGHTS = 4  # the first format whose weights and preprocessing are as they are now
 FILES = (
     "config.json", "model.safetensors", "preprocess.json", "labels.yaml", "calibration.json",

@@ -7,24 +7,28 @@ guesses are made from, which cost nothing:
 
     g  =  ( ln E_ki - ln E_any,i  for all k, i;   ln E_any,i  for all i;   h )
 
-Known cells lie near the mean pattern of their class. Two scores see different strangers:
+Known cells lie near the mean pattern of their class. The square of the Mahalanobis distance to a class mean
+(one pooled, shrunk covariance) is the sum of two parts, and three scores see different strangers:
 
-    a1 = smallest Mahalanobis distance of g to a class mean (one pooled, shrunk covariance)
-    a2 = -ln of the largest class probability
+    off     distance to the plane through the class means: the same for all classes
+    within  distance in that plane to the nearest class mean
+    doubt   -ln of the largest class probability
 
-a1 sees images that are no cells at all, in both tails: too hard to denoise, or too easy; and, by the
-features, what is in the frame beside or in place of one whole cell. a2 sees cells between the known
-classes. With a1 in units of its 95 % quantile on held-out cells, and F(a2) the share
-of held-out cells with less doubt,
+off sees images that are no cells at all, in both tails: too hard to denoise, or too easy; and, by the
+features, what is in the frame beside or in place of one whole cell. within sees cells of another class:
+it has the few directions in which classes differ, which the many of off would drown. doubt sees cells
+between the known classes. With both distances in units of their 95 % quantiles on held-out cells, and
+F(doubt) the share of held-out cells with less doubt,
 
-    s = (a1 / q95)^2 + F(a2)            anomaly = s / (1 + s)
+    s = (off / q95)^4 + (within / q95)^2 + F(doubt)            anomaly = s / (1 + s)
 
 so that doubt counts for no more than 1, and what is far off goes before it. anomaly_p
 (`HeldOut.p_value`) is the conformal p-value, the share of held-out cells that are at least as strange.
 No anomalous image is used.
 
-Source: Lee et al. 2018, A Simple Unified Framework, arXiv 1807.03888; Ledoit and Wolf 2004.
-The form of s was chosen on held-out cells and corrupted copies of them, see docs/log.md.
+Source: Lee et al. 2018, A Simple Unified Framework, arXiv 1807.03888; Ren et al. 2021, A Simple Fix to
+Mahalanobis Distance, arXiv 2106.09022 (what all classes share drowns what tells near strangers); Ledoit and
+Wolf 2004. The form of s was chosen on held-out cells and corrupted copies of them, see docs/log.md.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from cytodiffusion.classify.calibrate import FOLDS, folds
 from cytodiffusion.errors import DataError
 
 QUANTILE = 0.95
-STEPS = 65  # quantiles of a2 that are kept
+STEPS = 65  # quantiles of the doubt that are kept
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class AnomalyModel:
 
     means: Float[np.ndarray, "k f"]
     precision: Float[np.ndarray, "f f"]
-    units: Float[np.ndarray, " u"]  # 95 % quantile of a1; then quantiles of a2, from 0 to 1
+    units: Float[np.ndarray, " u"]  # 95 % quantiles of both distances; then quantiles of the doubt
     limit: float  # 95 % quantile of the anomaly
 
     def anomaly(
@@ -59,38 +63,37 @@ class AnomalyModel:
         features: Float[np.ndarray, "m f"] | None = None,
     ) -> Float[np.ndarray, " m"]:  # fmt: skip
         """0 to 1, higher is stranger. The last column of `errors` is "any cell"."""
-        return squash(self.distance(errors, features), doubt(probabilities), self.units)
+        return squash(self.distances(errors, features), doubt(probabilities), self.units)
 
-    def distance(
+    def distances(
         self, errors: Float[np.ndarray, "m t k1"], features: Float[np.ndarray, "m f"] | None = None
-    ) -> Float[np.ndarray, " m"]:
-        """a1: how far from the nearest class, zero or more.
+    ) -> Float[np.ndarray, "2 m"]:
+        """How far off the plane of the class means, and within it from the nearest; zero or more.
 
         Features are passed over where the model was fitted without. Raises DataError where it was fitted
         with features and there are none.
         """
-        return distance(self.pattern(errors, features), self.means, self.precision)
+        return distances(self.pattern(errors, features), self.means, self.precision)
 
     def beside(self, cells: Cells, usual: float) -> AnomalyModel:
         """The same for cells of another laboratory, which their `probabilities` name.
 
-        Class means are those of these cells, and the unit of a1 is such that the median of their anomaly is
-        `usual`, where there is such a unit; the covariance stays. So a tenth of them may be strange without
-        much harm. Classes that fewer than two cells are named are not known any more.
+        Class means are those of these cells, and the units of the distances, whose ratio is theirs on these
+        cells, are such that the median of their anomaly is `usual`, where there are such units; the
+        covariance stays. So a tenth of them may be strange without much harm. Classes that fewer than two
+        cells are named are not known any more.
         """
         g, named = self.pattern(cells.errors, cells.features), cells.probabilities.argmax(1)
-        near, doubts = np.zeros(len(g)), doubt(cells.probabilities)
+        near, doubts = np.zeros((2, len(g))), doubt(cells.probabilities)
         for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(g):
-            near[held] = distance(g[held], _means(g[fit], named[fit]), self.precision)
+            near[:, held] = distances(g[held], _means(g[fit], named[fit]), self.precision)
         units = _units(near, doubts)
 
-        def over(unit: float) -> float:
-            there = np.append(unit, units[1:])
-            return float(np.median(squash(near, doubts, there))) - usual
+        def over(times: float) -> float:
+            return float(np.median(squash(near / times, doubts, units))) - usual
 
-        ends = 1e-3 * units[0], 1e3 * units[0]
-        if over(ends[0]) > 0 > over(ends[1]):
-            units[0] = brentq(over, *ends)
+        if over(1e-3) > 0 > over(1e3):
+            units[:2] *= brentq(over, 1e-3, 1e3)
         return replace(self, means=_means(g, named), units=units)
 
     def pattern(
@@ -114,17 +117,19 @@ def _means(g: Float[np.ndarray, "m f"], named: Int[np.ndarray, " m"]) -> Float[n
 
 
 def _units(
-    near: Float[np.ndarray, " m"], doubts: Float[np.ndarray, " m"]
+    near: Float[np.ndarray, "2 m"], doubts: Float[np.ndarray, " m"]
 ) -> Float[np.ndarray, " u"]:
-    unit = np.quantile(near, QUANTILE).clip(min=1e-9)
-    return np.append(unit, np.quantile(doubts, np.linspace(0, 1, STEPS)))
+    units = np.quantile(near, QUANTILE, axis=1).clip(min=1e-9)
+    return np.append(units, np.quantile(doubts, np.linspace(0, 1, STEPS)))
 
 
 def squash(
-    a1: Float[np.ndarray, " m"], a2: Float[np.ndarray, " m"], units: Float[np.ndarray, " u"]
+    near: Float[np.ndarray, "2 m"], doubts: Float[np.ndarray, " m"], units: Float[np.ndarray, " u"]
 ) -> Float[np.ndarray, " m"]:
-    """s / (1 + s) for s, the two scores together."""
-    s = (a1 / units[0]) ** 2 + np.interp(a2, units[1:], np.linspace(0, 1, len(units) - 1))
+    """s / (1 + s) for s, the three scores together."""
+    less = np.interp(doubts, units[2:], np.linspace(0, 1, len(units) - 2))
+    off, within = near / units[:2, None]
+    s = off**4 + within**2 + less
     return s / (1 + s)
 
 
@@ -139,19 +144,25 @@ def pattern(
 
 
 def doubt(probabilities: Float[np.ndarray, "m k"]) -> Float[np.ndarray, " m"]:
-    """a2: -ln of the largest probability."""
+    """-ln of the largest probability."""
     return -np.log(probabilities.max(1).clip(1e-12))
 
 
-def distance(
+def distances(
     g: Float[np.ndarray, "m f"],
     means: Float[np.ndarray, "k f"],
     precision: Float[np.ndarray, "f f"],
-) -> Float[np.ndarray, " m"]:
-    """Mahalanobis distance to the nearest class mean."""
-    gaps = g[:, None] - means[None]
-    squared = np.einsum("mkf,fg,mkg->mk", gaps, precision, gaps)  # no BLAS: its bits depend on m
-    return np.sqrt(squared.min(1).clip(0))
+) -> Float[np.ndarray, "2 m"]:
+    """Mahalanobis distances to the plane of the class means, and within it to the nearest of them."""
+    spread, gaps = means - means.mean(0), g - means.mean(0)
+    scaled = spread @ precision
+    inverse = np.linalg.pinv(scaled @ spread.T, rcond=1e-9, hermitian=True)
+    along = np.einsum("kf,mf->mk", scaled, gaps)  # no BLAS: its bits depend on m
+    whole = np.einsum("mf,fg,mg->m", gaps, precision, gaps)
+    off = whole - np.einsum("mk,kl,ml->m", along, inverse, along)
+    rest = along[:, None] - scaled @ spread.T  # of each cell beside each mean
+    within = np.einsum("mjk,kl,mjl->mj", rest, inverse, rest).min(1)
+    return np.sqrt(np.stack([off, within]).clip(0))
 
 
 def _gaussian(g: np.ndarray, truth: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,10 +187,10 @@ def fit_anomaly(
     """
     classes, shown = cells.probabilities.shape[1], shown or cells
     g, asked = (pattern(each.errors, each.features) for each in (cells, shown))
-    near, far = np.zeros(len(truth)), np.zeros(len(truth))
+    near, far = np.zeros((2, len(truth))), np.zeros((2, len(truth)))
     for fit, held in folds(truth, classes):
         fitted = _gaussian(g[fit], truth[fit], classes)
-        near[held], far[held] = (distance(each[held], *fitted) for each in (g, asked))
+        near[:, held], far[:, held] = (distances(each[held], *fitted) for each in (g, asked))
     doubts = doubt(cells.probabilities)
     units = _units(near, doubts)
     limit = float(np.quantile(squash(near, doubts, units), QUANTILE))

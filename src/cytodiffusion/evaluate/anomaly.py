@@ -7,10 +7,10 @@ class k in trial i and E_any,i of "any cell" (higher is stranger):
     zeta        the paper's: how little the best class stands out, its normality turned round
     pattern     class-conditional Mahalanobis distance of ln E_k - ln E_any and ln E_any
     margin      less the gap between the two highest logits
-    doubt       -ln of the largest probability, a2 of the model
+    doubt       -ln of the largest probability
     typicality  Mahalanobis distance of ln E_any over noise levels to known cells: in both tails
     features    the same of the trunk's features in the first trial
-    distance    the same of both, a1 of the model (classify/anomaly.py)
+    distance    the same of both; `off` the plane of the class means, and `within` it (classify/anomaly.py)
     neighbours  mean distance of the features to the nearest known cells
     error       the smallest error min_k E_k itself, which does not work: smooth strangers are easy
     combined    what the model tells as `anomaly` after all its trials; `balanced`: and stopping early
@@ -38,7 +38,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from cytodiffusion.classify import sequential
-from cytodiffusion.classify.anomaly import distance, doubt, pattern
+from cytodiffusion.classify.anomaly import distances, doubt, pattern
 from cytodiffusion.classify.classifier import ALARM, Budget, Classifier
 from cytodiffusion.classify.draws import Draws, stratified
 from cytodiffusion.classify.race import paper_weight, zeta
@@ -120,7 +120,7 @@ def scores(
     depth = full.reader.depths[-1]
     errors, classes = cells.errors, cells.errors[:, :, :-1]
     probabilities = full.reader.probabilities(errors)
-    fitted, model = depth.posterior, depth.anomalies
+    fitted, (off, within) = depth.posterior, depth.anomalies.distances(errors, cells.features)
     trunk = {
         "features": _distances(known.features, truth, cells.features),
         "neighbours": _nearest(known.features, cells.features),
@@ -128,7 +128,9 @@ def scores(
     return {
         "zeta": -zeta(cells.ladder[:, :, :-1], weights),
         "pattern": _distances(pattern(known.errors), truth, pattern(cells.errors)),
-        "distance": model.distance(errors, cells.features),
+        "distance": np.hypot(off, within),
+        "off": off,
+        "within": within,
         "margin": -sequential.gap(fitted.logits(classes)),
         "doubt": doubt(probabilities),
         "typicality": _distances(_logs(known), np.zeros_like(truth), _logs(cells)),
@@ -150,7 +152,7 @@ def _distances(
     kinds, column = np.unique(truth, return_inverse=True)
     means = np.stack([known[truth == kind].mean(0) for kind in kinds]).astype(np.float64)
     precision = LedoitWolf().fit(known - means[column]).precision_
-    return distance(cells.astype(np.float64), means, precision)
+    return np.hypot(*distances(cells.astype(np.float64), means, precision))
 
 
 def _nearest(
