@@ -695,12 +695,13 @@ def test_copies_of_a_picture_are_dealt_to_one_side(tmp_path):
     assert len(set(dealt.values())) > 1
 
 
-def test_unlabelled_cells_of_val_and_test_are_not_trained_on(tmp_path):
+def test_unlabelled_cells_of_val_and_test_are_not_trained_on(tmp_path, capsys):
     for split in ("train", "val", "test"):
         write_discs(tmp_path / split, each=3)
         (tmp_path / split / "eosinophil" / "02.png").rename(tmp_path / split / "bare.png")
     parts = split_samples(tmp_path, None, tmp_path / "out", 0, Taxonomy.load(), Console(False))
     assert [s.name for s in parts["train"] if s.label is None] == ["train/bare.png"]
+    assert "2 images without a label are not in train: left out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [path.parent.name for path in ZOO.glob("*/config.json")])

@@ -236,9 +236,10 @@ def split_samples(
     if made:
         console.note("No split was given: made one (see splits.csv in the run folder).")
         write_split((Row(s.name, str(s.label), str(s.split)) for s in labelled), path)
-    unlabelled = [
-        replace(s, split="train") for s in samples if s.label is None and s.split in (None, "train")
-    ]
+    bare = [sample for sample in samples if sample.label is None]
+    unlabelled = [replace(s, split="train") for s in bare if s.split in (None, "train")]
+    if out_of := len(bare) - len(unlabelled):
+        console.note(f"{out_of:,} images without a label are not in train: left out.")
     test = [sample for sample in labelled if sample.split == "test"]
     return {"train": [*parts["train"], *unlabelled], "val": parts["val"], "test": test}
 
