@@ -129,7 +129,7 @@ def test_manifold_at_its_ends() -> None:
 
 
 def test_too_few_to_compare() -> None:
-    with pytest.raises(DataError, match="5 real and 50 drawn"):
+    with pytest.raises(DataError, match="5 real and 50 drawn cells"):
         compare(RNG.normal(size=(5, 3)), RNG.normal(size=(50, 3)))
 
 
@@ -296,6 +296,20 @@ def test_the_bench(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert "independent classifier" not in given.err  # it is not trained anew
     assert given.json["agreement"] == found["agreement"]
     assert "that was trained before, on 42 images" in (tmp_path / "given/report.html").read_text()
+
+
+def test_too_few_cells_are_told_before_training(
+    made: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    for path in (made[2] / "train").glob("*/*.png"):
+        target = tmp_path / "real" / path.relative_to(made[2])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    write_discs(tmp_path / "real" / "val", each=1)
+    told = bench((*made[:2], tmp_path / "real"), tmp_path / "out")
+    assert told.code == 2
+    assert "3 real and 3 drawn cells of the same classes are too few" in told.complaint
+    assert "training" not in told.err
 
 
 def test_corrected_labels_are_learned_anew(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def fidelity(
     from cytodiffusion.data.images import Preprocess
     from cytodiffusion.errors import SettingsError
     from cytodiffusion.evaluate.baselines import BaselineSettings, library
-    from cytodiffusion.evaluate.fidelity import matched, render
+    from cytodiffusion.evaluate.fidelity import check_counts, matched, render
     from cytodiffusion.evaluate.report import write_page
 
     console = Console(json)
@@ -130,6 +130,7 @@ def fidelity(
     training = _read(listed[2], loaded.preprocess, loaded, "training cells", console, margin=1.5)
     rows = matched(forged.labels, real.labels, seed)
     both = forged.rows(rows[0]), real.rows(rows[1])
+    check_counts(len(rows[1]), len(rows[0]))  # now, not after both trainings
 
     judge = other or _independent(loaded, training, settings, out, console)
     cells = {"drawn": len(forged.names), "real": len(real.names), "matched": len(rows[0]),

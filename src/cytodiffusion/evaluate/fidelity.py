@@ -86,13 +86,18 @@ def kernel_interval(real: Features, drawn: Features, seed: int = 0) -> list[floa
     return [middle - half, middle + half]
 
 
+def check_counts(real: int, drawn: int, k: int = BALL) -> None:
+    """Raises DataError for k cells or fewer of a kind."""
+    if min(real, drawn) <= k:
+        raise DataError(
+            f"{real} real and {drawn} drawn cells of the same classes are too few: more than {k} of each "
+            "are needed to compare them."
+        )
+
+
 def manifold(real: Features, drawn: Features, k: int = BALL) -> dict[str, float]:
     """Precision, recall, density and coverage. Raises DataError for k cells or fewer of a kind."""
-    if min(len(real), len(drawn)) <= k:
-        raise DataError(
-            f"{len(real)} real and {len(drawn)} drawn cells are too few to compare: more than {k} of "
-            "each are needed."
-        )
+    check_counts(len(real), len(drawn), k)
     apart = np.concatenate([_distances(part, drawn) for part in _parts(real)])
     around_real, around_drawn = _reach(real, k), _reach(drawn, k)
     inside = apart <= around_real[:, None]
