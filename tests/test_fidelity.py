@@ -309,7 +309,7 @@ def test_too_few_cells_are_told_before_training(
     told = bench((*made[:2], tmp_path / "real"), tmp_path / "out")
     assert told.code == 2
     assert "3 real and 3 drawn cells of the same classes are too few" in told.complaint
-    assert "training" not in told.err
+    assert "training the" not in told.err
 
 
 def test_corrected_labels_are_learned_anew(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
