@@ -220,6 +220,20 @@ def test_the_unit_is_that_of_the_batch() -> None:
     assert new.limit == old.limit
 
 
+def test_a_tenth_of_another_class_does_little_harm() -> None:
+    """Far from both classes in the direction in which they differ, which is where units could widen."""
+    rng = np.random.default_rng(0)
+    place = rng.permutation(np.repeat([0.0, 1.0, 4.0], [450, 450, 100]))
+    noise = rng.normal(0, 0.3, (1000, 4, 3))
+    noise[:, :, :2] += 2 * place[:, None, None]
+    sure = np.abs(np.eye(2)[(place > 0).astype(int)] - rng.uniform(0, 0.4, (1000, 1)))
+    cells = Cells(np.exp(noise), sure)
+    new = old_model(classes=2, width=12).beside(cells, usual=0.4)
+    told = new.anomaly(cells.errors, cells.probabilities)
+    strange = place == 4
+    assert (told[strange] > np.quantile(told[~strange], 0.99)).all()
+
+
 def test_cells_that_are_all_alike_have_a_unit_too() -> None:
     errors, sure = np.ones((60, 1, 3)), np.tile([1.0, 0.0], (60, 1))
     old = old_model(classes=2, width=3)

@@ -386,15 +386,17 @@ def test_the_distance_has_two_parts():
     np.testing.assert_allclose(off, np.hypot(g[:, 0], 2 * (g[:, 1] - 1)))
 
 
-def test_both_parts_make_the_mahalanobis_distance():
+@pytest.mark.parametrize("count", [1, 2, 4, 12])
+def test_both_parts_make_the_mahalanobis_distance(count):
+    """To the nearest mean, of few and of more than there are directions; the same bits for one cell."""
     rng = np.random.default_rng(0)
-    means, g, spread = (rng.normal(size=(n, 9)) for n in (4, 30, 12))
+    means, g, spread = (rng.normal(size=(n, 9)) for n in (count, 30, 12))
     precision = spread.T @ spread
     gaps = g[:, None] - means
     whole = np.sqrt(np.einsum("mkf,fg,mkg->mk", gaps, precision, gaps).min(1))
     found = distances(g, means, precision)
     np.testing.assert_allclose(np.hypot(*found), whole)
-    for i in range(3):
+    for i in range(30):
         np.testing.assert_array_equal(distances(g[i : i + 1], means, precision)[:, 0], found[:, i])
 
 

@@ -47,6 +47,7 @@ from cytodiffusion.errors import DataError
 
 QUANTILE = 0.95
 STEPS = 65  # quantiles of the doubt that are kept
+FLAT = 1e-9  # of the plane's largest extent: no direction of it
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,16 @@ class AnomalyModel:
     def beside(self, cells: Cells, usual: float) -> AnomalyModel:
         """The same for cells of another laboratory, which their `probabilities` name.
 
-        Class means are those of these cells, and the units of the distances, whose ratio is theirs on these
-        cells, are such that the median of their anomaly is `usual`, where there are such units; the
-        covariance stays. So a tenth of them may be strange without much harm. Classes that fewer than two
-        cells are named are not known any more.
+        Class means are those of these cells, and the units of both distances, whose ratio stays, are such
+        that the median of their anomaly is `usual`, where there are such units; the covariance stays. So a
+        tenth of them may be strange without much harm. Classes that fewer than two cells are named are not
+        known any more.
         """
         g, named = self.pattern(cells.errors, cells.features), cells.probabilities.argmax(1)
         near, doubts = np.zeros((2, len(g))), doubt(cells.probabilities)
         for fit, held in KFold(FOLDS, shuffle=True, random_state=0).split(g):
             near[:, held] = distances(g[held], _means(g[fit], named[fit]), self.precision)
-        units = _units(near, doubts)
+        units = np.append(self.units[:2], _units(near, doubts)[2:])
 
         def over(times: float) -> float:
             return float(np.median(squash(near / times, doubts, units))) - usual
@@ -156,13 +157,19 @@ def distances(
     """Mahalanobis distances to the plane of the class means, and within it to the nearest of them."""
     spread, gaps = means - means.mean(0), g - means.mean(0)
     scaled = spread @ precision
-    inverse = np.linalg.pinv(scaled @ spread.T, rcond=1e-9, hermitian=True)
-    along = np.einsum("kf,mf->mk", scaled, gaps)  # no BLAS: its bits depend on m
+    sizes, axes = np.linalg.eigh(scaled @ spread.T)
+    wide = sizes > FLAT * sizes.max()
+    onto = np.ascontiguousarray((axes[:, wide] / np.sqrt(sizes[wide])).T @ scaled)  # into the plane
+    along = np.einsum("rf,mf->mr", onto, gaps)  # no BLAS: its bits depend on m
     whole = np.einsum("mf,fg,mg->m", gaps, precision, gaps)
-    off = whole - np.einsum("mk,kl,ml->m", along, inverse, along)
-    rest = along[:, None] - scaled @ spread.T  # of each cell beside each mean
-    within = np.einsum("mjk,kl,mjl->mj", rest, inverse, rest).min(1)
-    return np.sqrt(np.stack([off, within]).clip(0))
+    within = _squares(along[:, None] - spread @ onto.T).min(1)
+    return np.sqrt(np.stack([whole - _squares(along), within]).clip(0))
+
+
+def _squares(coordinates: Float[np.ndarray, "*n r"]) -> Float[np.ndarray, "*n"]:
+    """Their sum, one by one, so that its bits do not depend on how many points there are."""
+    start = np.zeros(coordinates.shape[:-1])
+    return sum((np.square(each) for each in np.moveaxis(coordinates, -1, 0)), start)
 
 
 def _gaussian(g: np.ndarray, truth: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
