@@ -225,6 +225,7 @@ def test_it_is_said_what_so_few_cells_cannot_give(
     few = "no cell can be flagged anomalous; it takes 99"
     assert few in told.err
     assert few in (tmp_path / "b" / "card.md").read_text()
+    assert f"race: {few}" in told.err
     assert "balanced: every cell runs all trials" in told.err
 
 

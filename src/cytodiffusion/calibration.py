@@ -179,16 +179,17 @@ def calibrate(
 
 def cautions(budgets: dict[str, Budget]) -> list[str]:
     """What cannot be had from so few held-out cells; nothing where there are enough."""
-    found = []
+    cells = {name: len(budget.held.truth) for name, budget in budgets.items()}
+    least = math.ceil(1 / ALARM) - 1
+    found = [
+        f"{name}: no cell can be flagged anomalous; it takes {least}, here {cells[name]}."
+        for name in ("full", "full" + ABROAD, "race", "paper")
+        if cells.get(name, least) < least
+    ]
     for ending in ("", ABROAD):
         if "full" + ending not in budgets:
             continue
-        n = len(budgets["full" + ending].held.truth)
-        least = math.ceil(1 / ALARM) - 1
-        if n < least:
-            found.append(
-                f"full{ending}: no cell can be flagged anomalous; it takes {least}, here {n}."
-            )
+        n = cells["full" + ending]
         for name, haste in BUDGETS.items():
             if haste.allowed and upper_limit(0, n) > haste.allowed:
                 found.append(

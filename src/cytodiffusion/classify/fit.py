@@ -199,7 +199,10 @@ def betting_race(sequence: Budget, plan: Plan) -> BettingRace:
 def fit_race(
     errors: Float[np.ndarray, "m t k1"], truth: Int[np.ndarray, " m"], race: PaperRace | BettingRace
 ) -> Budget:
-    """The budget of a race from races that were run. Cells are judged by fits without them."""
+    """The budget of a race from races that were run.
+
+    Cells are judged by temperatures fitted without them; the weights of `race` saw them.
+    """
 
     def reader(log_temperature: float) -> RaceReader:
         return RaceReader(race.weights, float(np.exp(log_temperature)))
