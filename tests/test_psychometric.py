@@ -498,7 +498,7 @@ def test_calls_that_are_wrong_write_nothing(tmp_path):
     with pytest.raises(SettingsError, match="its report would be lost"):
         uncertainty(folder, [table], draws=40)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="it is a file. Name a folder"):
+    with pytest.raises(OutputError, match="it is a file"):
         uncertainty(tmp_path / "file", [table], draws=40)
 
 
